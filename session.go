@@ -1,0 +1,123 @@
+package etcdstore
+
+import (
+	"sync"
+
+	"github.com/alexedwards/scs/v2"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// image is one content of a session: as it was read, as a request wants it, or as a merge made it. It is
+// immutable and shared; the form that it was not made from, payload or contents, is derived once and on demand,
+// because decoding costs more than all else that a commit does on this side of the network.
+type image struct {
+	codec  scs.Codec
+	expiry millis // 0: not known (a session of scs's own etcdstore, whose lease knows)
+
+	decode   sync.Once
+	contents *contents
+	encode   sync.Once
+	payload  []byte
+	err      error // of decode or encode: an image is made from one form, so it needs only the other
+}
+
+func imageOf(codec scs.Codec, payload []byte, expiry millis) *image {
+	return &image{codec: codec, expiry: expiry, payload: payload}
+}
+
+func imageWith(codec scs.Codec, c *contents, expiry millis) *image {
+	return &image{codec: codec, expiry: expiry, contents: c}
+}
+
+// decoded returns the image's values and deadline.
+func (i *image) decoded() (*contents, error) {
+	i.decode.Do(func() {
+		if i.contents != nil {
+			return
+		}
+		deadline, values, err := i.codec.Decode(i.payload)
+		if err != nil {
+			i.err = err
+			return
+		}
+		i.contents = &contents{deadline: deadline, values: values}
+	})
+	return i.contents, i.err
+}
+
+// encoded returns the image's payload.
+func (i *image) encoded() ([]byte, error) {
+	i.encode.Do(func() {
+		if i.payload != nil || i.contents == nil {
+			return
+		}
+		i.payload, i.err = i.codec.Encode(i.contents.deadline, i.contents.values)
+	})
+	return i.payload, i.err
+}
+
+// sameContents reports whether i and o hold the same values and deadline, as far as they decode.
+func (i *image) sameContents(o *image) bool {
+	a, errA := i.decoded()
+	b, errB := o.decoded()
+	return errA == nil && errB == nil && a.same(b)
+}
+
+// version is what etcd holds under a session's key at some revision.
+type version struct {
+	rev   int64 // mod revision; 0: no key
+	asOf  int64 // the store's revision when this was true
+	image *image
+	lease clientv3.LeaseID
+	until millis // the lease lasts until then at least; 0: not known
+	id    writeID
+
+	// Where this version stands in the key's history: the revision that created the key, and its number since then.
+	created, nth int64
+
+	err error // the key is not this store's to write: errForeignKey, errFormat
+}
+
+// live returns the session that v holds at the time now, nil where there is none.
+func (v *version) live(now millis) *image {
+	if v.rev == 0 || v.err != nil || v.image.expiry != 0 && v.image.expiry <= now {
+		return nil
+	}
+	return v.image
+}
+
+// decodeVersion reads what a Get of key answered at revision asOf: no pair, or one.
+func (e *EtcdStore) decodeVersion(kvs []*mvccpb.KeyValue, asOf int64) *version {
+	if len(kvs) == 0 {
+		return &version{asOf: asOf}
+	}
+	kv := kvs[0]
+	v := &version{rev: kv.ModRevision, asOf: asOf, lease: clientv3.LeaseID(kv.Lease), created: kv.CreateRevision, nth: kv.Version}
+	rec, kind := decodeRecord(kv.Value)
+	switch {
+	case kind == kindNewer:
+		v.err = errFormat
+	case kind == kindBare && !bareToken(kv.Key[len(e.prefix):]):
+		v.err = errForeignKey
+	case kind == kindRecord && rec.prefixLen != len(e.prefix):
+		v.err = errForeignKey
+	}
+	v.image = imageOf(e.codec, rec.payload, rec.expiry)
+	v.until, v.id = rec.leaseEnd, rec.id
+	return v
+}
+
+// bareToken reports whether a value without a trailer under this token is a session of scs's own etcdstore.
+// Such a value does not say what its prefix is, so the token decides: scs's tokens are base64url, and a token
+// with another character is rather the end of a longer prefix, as in 'scs:session:' beside 'scs:session:1:'.
+func bareToken(token []byte) bool {
+	for _, c := range token {
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '_', c == '.', c == '=':
+		default:
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,392 @@
+package etcdstore
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// send sends attempts in one request, again and again until each is settled: it has happened, it is folded again,
+// or it has failed.
+func (p *pipeline) send(batch []*attempt) {
+	batch = p.begin(batch)
+	for b := (backoff{}); len(batch) > 0; {
+		resp, err := p.request(batch, b.timeout())
+		if err == nil {
+			batch = p.settle(batch, resp)
+			continue
+		}
+		batch = p.refused(batch, err)
+		if len(batch) > 0 {
+			b.wait(context.Background())
+			batch = p.expire(batch, err)
+		}
+	}
+}
+
+// begin marks attempts as sent, from where on their callers can no longer be told that nothing happened. Attempts
+// with a call that was told so already are folded again without it.
+func (p *pipeline) begin(batch []*attempt) []*attempt {
+	since := p.conn.revision.Load()
+	return keep(batch, func(a *attempt) bool {
+		if p.markSent(a, since) {
+			return true
+		}
+		p.requeue(a, a.base)
+		return false
+	})
+}
+
+// markSent marks one attempt as sent, unless it must be folded again.
+func (p *pipeline) markSent(a *attempt, since int64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if a.queue.sent {
+		return true
+	}
+	if slices.ContainsFunc(a.ops, func(o *op) bool { return o.dropped.Load() }) {
+		return false
+	}
+	a.queue.sent = true
+	a.since = max(since, a.base.asOf)
+	return true
+}
+
+// keep filters batch in place.
+func keep(batch []*attempt, pred func(*attempt) bool) []*attempt {
+	kept := batch[:0]
+	for _, a := range batch {
+		if pred(a) {
+			kept = append(kept, a)
+		}
+	}
+	return kept
+}
+
+// request makes one request.
+func (p *pipeline) request(batch []*attempt, timeout time.Duration) (*clientv3.TxnResponse, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	start := time.Now()
+	resp, err := p.conn.do(ctx, batchOp(batch))
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	p.mu.Lock()
+	p.lane.observe(now.Sub(start), now)
+	p.mu.Unlock()
+	return resp.Txn(), nil
+}
+
+// settle settles what etcd has answered, and returns the attempts that must be sent again.
+func (p *pipeline) settle(batch []*attempt, resp *clientv3.TxnResponse) []*attempt {
+	answers := p.answers(batch, resp)
+	again := batch[:0]
+	for i, a := range batch {
+		switch ans := answers[i]; {
+		case ans.applied:
+			p.applied(a, ans.rev)
+		case ans.current.rev == a.base.rev:
+			if p.unguarded(a, ans) {
+				again = append(again, a)
+			}
+		default:
+			p.overtaken(a, ans.current)
+		}
+	}
+	return again
+}
+
+// applied settles an attempt that was applied at rev.
+func (p *pipeline) applied(a *attempt, rev int64) {
+	v := &version{rev: rev, asOf: rev, image: a.final, lease: a.base.lease, until: a.record.leaseEnd, id: a.record.id, created: a.base.created, nth: a.base.nth + 1}
+	switch {
+	case a.kind == writeNothing:
+		still := *a.base
+		still.asOf = rev
+		v = &still
+	case a.kind == writeDelete:
+		v = &version{asOf: rev}
+	case a.base.rev == 0:
+		v.created, v.nth = rev, 1
+	}
+	if a.seat.lease != nil {
+		v.lease = a.seat.id
+	}
+	if a.base.lease != v.lease {
+		p.leases.left(a.base.lease)
+	}
+	p.settled(a, v)
+}
+
+// unguarded settles an attempt whose compare failed although the session is as it was: it is a guard that no longer
+// holds. It reports whether the attempt must be sent again.
+func (p *pipeline) unguarded(a *attempt, ans answer) bool {
+	switch {
+	case a.seat.lease != nil && ans.fence != a.seat.fence && p.leases.fenced(a.seat.lease, ans.fence):
+		a.seat = p.leases.seatAgain(a.seat)
+		return true
+	case a.seat.lease != nil && ans.fence != a.seat.fence:
+		// The lease is lost. The attempt keeps its write id, since an earlier send of it may have been applied
+		// before that.
+		p.leave(a)
+		go p.dispatch([]*attempt{a})
+	case a.guard != nil:
+		p.fail(a, errLockLost)
+	default:
+		p.requeue(a, ans.current)
+	}
+	return false
+}
+
+// overtaken settles an attempt whose compare failed because the session has changed: by others, or by a send of the
+// attempt itself whose answer was lost, also behind our back: the client resends when a server gives up on a request.
+func (p *pipeline) overtaken(a *attempt, current *version) {
+	switch {
+	case a.kind != writePut:
+		p.requeue(a, current)
+	case current.rev != 0 && current.id == a.record.id:
+		p.found(a, current)
+	case !a.unknown && !a.mayPrecede(current):
+		p.requeue(a, current)
+	default:
+		go p.trace(a, current)
+	}
+}
+
+// mayPrecede reports whether current may be a later version than one that a has written unnoticed.
+func (a *attempt) mayPrecede(current *version) bool {
+	switch {
+	case current.rev == 0:
+		return a.base.rev != 0
+	case current.rev <= a.since:
+		return false // it was there before the first send, and so had the base been overtaken
+	case a.base.rev == 0:
+		return current.nth > 1
+	}
+	return current.created != a.base.created || current.nth != a.base.nth+1
+}
+
+// found settles an attempt whose write is the session's current version.
+func (p *pipeline) found(a *attempt, current *version) {
+	current.image = a.final // decoded, perhaps, and it is the one that ops compare
+	p.settled(a, current)
+}
+
+// trace settles an attempt by the session's history: has it been the version after the base?
+func (p *pipeline) trace(a *attempt, current *version) {
+	ctx, cancel := context.WithDeadline(context.Background(), a.until)
+	defer cancel()
+	written, err := p.inHistory(ctx, a, current.asOf)
+	switch {
+	case err != nil:
+		p.giveUp(a, err)
+	case written:
+		p.settled(a, current)
+	default:
+		p.requeue(a, current)
+	}
+}
+
+// inHistory reports whether a's write is a version of its session at a revision up to last. It reads the session as
+// of every revision since the first send, many in a request; mostly there are a few. A watch could tell as well, but
+// etcd's watchers catch up with history only every 100 ms, and do not tell where it ends if nothing more happens.
+func (p *pipeline) inHistory(ctx context.Context, a *attempt, last int64) (bool, error) {
+	for rev := a.since + 1; rev <= last; {
+		n := min(last-rev+1, int64(p.conn.batchKeys()))
+		gets := make([]clientv3.Op, n)
+		for i := range gets {
+			gets[i] = clientv3.OpGet(a.queue.key, clientv3.WithRev(rev+int64(i)))
+		}
+		var resp *clientv3.TxnResponse
+		err := retry(ctx, func(ctx context.Context) error {
+			answer, err := p.conn.do(ctx, clientv3.OpTxn(nil, gets, nil))
+			resp = answer.Txn()
+			return err
+		})
+		if err != nil {
+			return false, err
+		}
+		for _, r := range resp.Responses {
+			v := p.decode(r.GetResponseRange().Kvs, resp.Header.Revision)
+			switch {
+			case v.rev != 0 && v.id == a.record.id:
+				return true, nil
+			case a.base.rev != 0 && v.rev != a.base.rev:
+				return false, nil // the base was overtaken, for good
+			}
+		}
+		rev += n
+	}
+	return false, nil
+}
+
+// refused handles an error of the whole request. It returns the attempts that must be sent again as they are.
+func (p *pipeline) refused(batch []*attempt, err error) []*attempt {
+	p.heard(batch, err)
+	switch k := classify(err); {
+	case k == classUnknown:
+		return keep(batch, func(a *attempt) bool {
+			a.unknown = true
+			if a.kind == writePut && a.base.rev == 0 {
+				p.leases.suspect(a.seat)
+				go p.settleCreate(a)
+				return false
+			}
+			return true
+		})
+	case k == classTransient:
+		return batch
+	case len(batch) > 1:
+		// One attempt can fail them all. Each alone is settled by its own answer.
+		for _, a := range batch {
+			go p.send([]*attempt{a})
+		}
+		return nil
+	}
+	return p.refusedAlone(batch[0], err)
+}
+
+// refusedAlone handles a definite error to a lone attempt.
+func (p *pipeline) refusedAlone(a *attempt, err error) []*attempt {
+	switch k := classify(err); {
+	case k == classLeaseLost && a.seat.lease != nil:
+		p.leases.lost(a.seat.lease)
+		p.leave(a)
+		go p.dispatch([]*attempt{a})
+	case a.unknown:
+		return []*attempt{a} // this send was refused, an earlier one may yet be applied
+	case k == classNoSpace:
+		go p.settleRefused(a, err)
+	case k == classTooLarge:
+		p.fail(a, ErrTooLarge)
+	default:
+		p.fail(a, err)
+	}
+	return nil
+}
+
+// settleCreate settles an attempt to create whose outcome is unknown: first so that no send of it can be applied any
+// more, then by what the key and its history show.
+func (p *pipeline) settleCreate(a *attempt) {
+	ctx, cancel := context.WithDeadline(context.Background(), a.until)
+	defer cancel()
+	err := p.leases.refence(ctx, a.seat)
+	if err != nil {
+		p.giveUp(a, err)
+		return
+	}
+	current, err := p.read(ctx, a.queue.key)
+	switch {
+	case err != nil:
+		p.giveUp(a, err)
+	case current.rev != 0 && current.id == a.record.id:
+		p.found(a, current)
+	default:
+		p.trace(a, current)
+	}
+}
+
+// settleRefused settles an attempt that etcd has refused for want of space, which it also answers to the write that
+// crossed the quota. That send is over, so the key shows what became of it.
+func (p *pipeline) settleRefused(a *attempt, refusal error) {
+	ctx, cancel := context.WithDeadline(context.Background(), a.until)
+	defer cancel()
+	current, err := p.read(ctx, a.queue.key)
+	switch {
+	case err != nil:
+		a.unknown = true
+		p.giveUp(a, err)
+	case current.rev == a.base.rev && current.id != a.record.id:
+		p.fail(a, refusal)
+	default:
+		p.overtaken(a, current)
+	}
+}
+
+// read returns the session as it is.
+func (p *pipeline) read(ctx context.Context, key string) (v *version, err error) {
+	err = retry(ctx, func(ctx context.Context) error {
+		resp, err := p.conn.do(ctx, clientv3.OpGet(key))
+		if err == nil {
+			v = p.decode(resp.Get().Kvs, resp.Get().Header.Revision)
+		}
+		return err
+	})
+	return v, err
+}
+
+// expire gives up the attempts whose time is up.
+func (p *pipeline) expire(batch []*attempt, err error) []*attempt {
+	now := time.Now()
+	return keep(batch, func(a *attempt) bool {
+		if now.Before(a.until) {
+			return true
+		}
+		p.giveUp(a, endedError(context.DeadlineExceeded, err))
+		return false
+	})
+}
+
+// heard notes for the callers what etcd said last.
+func (p *pipeline) heard(batch []*attempt, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, a := range batch {
+		for _, o := range a.ops {
+			o.last = err
+		}
+	}
+}
+
+// giveUp ends an attempt that could not be settled.
+func (p *pipeline) giveUp(a *attempt, cause error) {
+	if a.unknown {
+		cause = unknownError(cause)
+	}
+	for _, o := range a.ops {
+		o.err, o.panicked = cause, nil
+	}
+	p.settled(a, nil)
+}
+
+// fail ends an attempt that was refused for good. Where it is a fold, each of its transitions is tried alone.
+func (p *pipeline) fail(a *attempt, err error) {
+	p.leave(a)
+	if len(a.ops) > 1 {
+		for _, o := range a.ops {
+			o.alone = true
+		}
+		p.requeue(a, a.base)
+		return
+	}
+	a.ops[0].err = err
+	p.settled(a, a.base)
+}
+
+// settled tells a's callers what came of it, and makes its queue ready for what waits. v is the session as it is
+// known to be by now, nil if it is not.
+func (p *pipeline) settled(a *attempt, v *version) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	a.queue.known, a.queue.busy, a.queue.sent = v, false, false
+	p.offer(a.queue)
+	for _, o := range a.ops {
+		o.stored = v
+		p.finish(o, o.err)
+	}
+}
+
+// requeue has a's transitions folded again, over current.
+func (p *pipeline) requeue(a *attempt, current *version) {
+	p.leave(a)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	q := a.queue
+	q.pending = append(a.ops[:len(a.ops):len(a.ops)], q.pending...)
+	q.known, q.busy, q.sent = current, false, false
+	p.offer(q)
+}

@@ -1,0 +1,299 @@
+package etcdstore
+
+import (
+	"bytes"
+	"context"
+	"sync"
+	"time"
+
+	"github.com/alexedwards/scs/v2"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+const (
+	// defaultPrefix is that of scs's own etcdstore.
+	defaultPrefix = "scs:session:"
+	// reserved begins the part of a prefix that holds what is not a session: leases, locks. It sorts behind every
+	// token that scs makes, so that one range holds all of a store, and [prefix, prefix+reserved) its sessions.
+	reserved = "~"
+	// maxToken bounds a token. Those of scs have 43 bytes.
+	maxToken = 512
+	// pageKeys is how many sessions a listing reads at a time.
+	pageKeys = 500
+)
+
+// EtcdStore is a session store on etcd for scs. It is safe for concurrent use, and a process needs one for each
+// prefix.
+type EtcdStore struct {
+	options
+	prefix   string
+	client   *clientv3.Client
+	conn     *conn
+	leases   *leasePool
+	reader   *reader
+	pipeline *pipeline
+	locks    *locks
+	implicit implicitTransactions
+
+	mu     sync.Mutex
+	closed bool
+	calls  sync.WaitGroup
+
+	background sync.WaitGroup // what calls start on the side: grants, sweeps, the release of locks
+}
+
+var (
+	_ scs.Store            = (*EtcdStore)(nil)
+	_ scs.CtxStore         = (*EtcdStore)(nil)
+	_ scs.IterableStore    = (*EtcdStore)(nil)
+	_ scs.IterableCtxStore = (*EtcdStore)(nil)
+)
+
+// New returns a store for sessions under the prefix "scs:session:", as scs's own etcdstore has it. The client stays
+// the caller's: it must outlive the store, and Close does not close it. New does not talk to etcd.
+func New(client *clientv3.Client, opts ...Option) *EtcdStore {
+	return NewWithPrefix(client, defaultPrefix, opts...)
+}
+
+// NewWithPrefix is New with another prefix, for several applications on one etcd. Stores with different prefixes do
+// not see each other's sessions, also where one prefix begins with the other.
+func NewWithPrefix(client *clientv3.Client, prefix string, opts ...Option) *EtcdStore {
+	return newStore(client, client, prefix, opts)
+}
+
+func newStore(api etcd, client *clientv3.Client, prefix string, opts []Option) *EtcdStore {
+	e := &EtcdStore{options: newOptions(opts), prefix: prefix, client: client, conn: &conn{etcd: api}}
+	e.leases = newLeasePool(e.conn, prefix+reserved+"lease/", e.now, e.background.Go)
+	e.reader = newReader(e.conn, e.decodeVersion)
+	e.pipeline = newPipeline(e.conn, e.leases, prefix, e.now, e.decodeVersion)
+	e.locks = newLocks(client, prefix+reserved+"lock/", e.timeout, e.background.Go)
+	return e
+}
+
+// now is the clock that decides expiry.
+func (e *EtcdStore) now() millis { return toMillis(time.Now()) }
+
+// validToken reports whether a session can have this token. It must sort before the reserved part of the prefix.
+func validToken(token string) bool {
+	return token != "" && len(token) <= maxToken && token[0] < reserved[0]
+}
+
+// Find is FindCtx with a background context.
+func (e *EtcdStore) Find(token string) (b []byte, exists bool, err error) {
+	return e.FindCtx(context.Background(), token)
+}
+
+// FindCtx returns the data of the session with this token, as it was at some moment of the call. A token that no
+// session has, or only one that has expired, and a token that no session can have, give false and no error.
+func (e *EtcdStore) FindCtx(ctx context.Context, token string) (b []byte, exists bool, err error) {
+	err = e.call(ctx, "find", func(bounded context.Context) error {
+		if !validToken(token) {
+			return nil
+		}
+		t := e.transactionOf(ctx)
+		v, err := e.reader.find(bounded, e.prefix+token)
+		switch {
+		case err != nil:
+			return err
+		case v.err == errFormat: //nolint:errorlint // never wrapped here
+			return errFormat
+		}
+		image := v.live(e.now())
+		t.note(readKey{e, token}, read{image, v.rev, v})
+		if image != nil {
+			b, exists = bytes.Clone(image.payload), true
+		}
+		return nil
+	})
+	return b, exists, err
+}
+
+// Commit is CommitCtx with a background context. It overwrites what the session holds.
+func (e *EtcdStore) Commit(token string, b []byte, expiry time.Time) error {
+	return e.CommitCtx(context.Background(), token, b, expiry)
+}
+
+// CommitCtx stores a session until expiry, to the millisecond. An expiry that has passed deletes it.
+//
+// In a transaction (a request of net/http is one) the commit is validated against what the transaction read of this
+// session: it is merged with what others changed since, and fails with ErrConflict where they changed the same key, or
+// with ErrSessionGone where the session was deleted or has expired. Outside of one it overwrites.
+//
+// Other errors are ErrInvalidToken, ErrTooLarge, ErrClosed, and ErrOutcomeUnknown where the context or the time-out ends
+// the call after the commit was sent. After every other error nothing was written.
+func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expiry time.Time) error {
+	return e.call(ctx, "commit", func(bounded context.Context) error {
+		if !validToken(token) {
+			return ErrInvalidToken
+		}
+		t, k := e.transactionOf(ctx), readKey{e, token}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		ours := imageOf(e.codec, bytes.Clone(b), max(toMillis(expiry), 1))
+		change := &commit{merger: merger{e.isolation, e.resolver}, ours: ours, touch: e.touch}
+		o := &op{key: e.prefix + token, change: change}
+		if r, ok := t.read(k); ok {
+			change.base, o.hint = &r, r.version
+		}
+		switch {
+		case t == nil: // it overwrites; what it overwrites is read first, as a failed guess costs more than a read
+			v, err := e.reader.find(bounded, o.key)
+			if err != nil {
+				return err
+			}
+			o.hint = v
+		case change.idle():
+			return nil
+		default:
+			o.guard = t.guard
+		}
+		if err := e.pipeline.do(bounded, o); err != nil {
+			t.lose(k, err)
+			return err
+		}
+		after := read{image: ours, version: o.stored}
+		if o.stored.image == ours {
+			after.rev = o.stored.rev
+		}
+		t.wrote(k, after)
+		return nil
+	})
+}
+
+// Delete is DeleteCtx with a background context.
+func (e *EtcdStore) Delete(token string) error {
+	return e.DeleteCtx(context.Background(), token)
+}
+
+// DeleteCtx deletes a session, whatever others make of it meanwhile: requests that read it before cannot commit it any
+// more. Deleting what is not there succeeds.
+func (e *EtcdStore) DeleteCtx(ctx context.Context, token string) error {
+	return e.call(ctx, "delete", func(bounded context.Context) error {
+		if !validToken(token) {
+			return nil
+		}
+		t, k := e.transactionOf(ctx), readKey{e, token}
+		o := &op{key: e.prefix + token, change: remove{}}
+		if r, ok := t.read(k); ok {
+			o.hint = r.version
+		} else if v, err := e.reader.find(bounded, o.key); err != nil {
+			return err
+		} else if o.hint = v; v.rev == 0 {
+			return nil
+		}
+		if err := e.pipeline.do(bounded, o); err != nil {
+			return err
+		}
+		t.wrote(k, read{})
+		return nil
+	})
+}
+
+// All is AllCtx with a background context.
+func (e *EtcdStore) All() (map[string][]byte, error) {
+	return e.AllCtx(context.Background())
+}
+
+// AllCtx returns the data of all sessions by token, as they were at one moment of the call. It reads them in pages, but
+// holds all of them in memory.
+func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
+	var all map[string][]byte
+	err := e.call(ctx, "list", func(bounded context.Context) error {
+		t := e.transactionOf(ctx)
+		for {
+			versions, err := e.list(bounded)
+			if classify(err) == classCompacted {
+				continue // from the start, at the revision that etcd has by now
+			}
+			if err != nil {
+				return err
+			}
+			now := e.now()
+			all = make(map[string][]byte, len(versions))
+			for token, v := range versions {
+				if image := v.live(now); image != nil {
+					all[token] = bytes.Clone(image.payload)
+					t.noteNew(readKey{e, token}, read{image, v.rev, v})
+				}
+			}
+			return nil
+		}
+	})
+	return all, err
+}
+
+// list reads all keys of the store that can be sessions, at one revision.
+func (e *EtcdStore) list(ctx context.Context) (map[string]*version, error) {
+	versions := make(map[string]*version)
+	from, end := e.prefix, e.prefix+reserved
+	for rev := int64(0); ; {
+		var page *clientv3.GetResponse
+		err := retry(ctx, func(ctx context.Context) error {
+			resp, err := e.conn.do(ctx, clientv3.OpGet(from, clientv3.WithRange(end), clientv3.WithLimit(pageKeys), clientv3.WithRev(rev)))
+			page = resp.Get()
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		if rev == 0 {
+			rev = page.Header.Revision
+		}
+		for i, kv := range page.Kvs {
+			if token := string(kv.Key[len(e.prefix):]); validToken(token) {
+				versions[token] = e.decodeVersion(page.Kvs[i:i+1:i+1], rev)
+			}
+		}
+		if !page.More || len(page.Kvs) == 0 {
+			return versions, nil
+		}
+		from = string(page.Kvs[len(page.Kvs)-1].Key) + "\x00"
+	}
+}
+
+// call runs one call of the API: bounded in time, counted for Close, and with errors that say what failed.
+func (e *EtcdStore) call(ctx context.Context, name string, f func(bounded context.Context) error) error {
+	if !e.enter() {
+		return ErrClosed
+	}
+	defer e.calls.Done()
+	bounded, cancel := context.WithTimeout(ctx, e.timeout)
+	defer cancel()
+	if err := bounded.Err(); err != nil {
+		return callError(name, err)
+	}
+	return callError(name, f(bounded))
+}
+
+// enter counts a call, unless the store is closed.
+func (e *EtcdStore) enter() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.closed {
+		e.calls.Add(1)
+	}
+	return !e.closed
+}
+
+// Close waits for the calls in flight, and for what they left to be settled, revokes the leases that no session is on,
+// and leaves the client open. Later calls return ErrClosed; closing again does nothing.
+//
+// Calling Close is optional: a store that is not used has no goroutines, and every lease ends by itself.
+func (e *EtcdStore) Close() error {
+	e.mu.Lock()
+	already := e.closed
+	e.closed = true
+	e.mu.Unlock()
+	if already {
+		return nil
+	}
+	e.calls.Wait()
+	e.reader.busy.Wait()
+	e.pipeline.busy.Wait()
+	e.background.Wait()
+	e.locks.close()
+	ctx, cancel := context.WithTimeout(context.Background(), e.timeout)
+	defer cancel()
+	return callError("close", e.leases.close(ctx))
+}

@@ -1,0 +1,348 @@
+package etcdstore
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"sync"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// transaction is what a request has read of sessions, its read set, and on what condition it may write.
+//
+// Optimistic concurrency control has three phases. In the read phase Find notes what it returned. The request
+// computes. In the validation and write phase a commit is a compare of the mod revision that was read and a write, in
+// one etcd transaction; where the compare fails, the commit is merged with what is there instead, or fails.
+// (Kung and Robinson, On optimistic methods for concurrency control, ACM TODS 6(2), 1981.)
+type transaction struct {
+	mu    sync.Mutex
+	reads map[readKey]read
+	lost  map[readKey]error // commits that lost against another request, and were not repeated with success since
+	guard *guard            // set by Exclusive, before the transaction is used
+}
+
+// readKey names a session: a transaction may span stores.
+type readKey struct {
+	store *EtcdStore
+	token string
+}
+
+// read is what a request believes about a session.
+type read struct {
+	image   *image // nil: absent
+	rev     int64  // the mod revision at which etcd holds exactly image; 0: none does, because it was merged
+	version *version
+}
+
+// contextKey is the key of a context's transaction.
+type contextKey struct{}
+
+// Begin returns a context that carries a new transaction. What FindCtx and AllCtx return in it is validated when
+// CommitCtx and DeleteCtx write: a commit never overwrites what the transaction has not seen.
+//
+// Requests of net/http need no Begin: each is a transaction by itself. It is for everything else that reads and
+// then writes sessions, such as a job, or an RPC handler. A transaction ends with its context and needs no other
+// end; it may be used by several goroutines.
+func Begin(ctx context.Context) context.Context {
+	return context.WithValue(ctx, contextKey{}, newTransaction())
+}
+
+func newTransaction() *transaction {
+	return &transaction{reads: make(map[readKey]read, 1)}
+}
+
+// explicit returns the transaction that Begin, Retry or Exclusive put into ctx, or nil.
+func explicit(ctx context.Context) *transaction {
+	t, _ := ctx.Value(contextKey{}).(*transaction)
+	return t
+}
+
+// implicitTransactions holds the transactions of requests of net/http that did not begin one.
+//
+// scs derives all contexts of a request from the request's own with values alone, so they share its Done channel, and
+// that names the request. The entry goes when the request ends. Only contexts with http.ServerContextKey count: others
+// may live as long as the process and serve many logical requests.
+type implicitTransactions struct {
+	mu     sync.Mutex
+	byDone map[<-chan struct{}]*transaction
+}
+
+// of returns the transaction of the request that ctx belongs to, or nil.
+func (i *implicitTransactions) of(ctx context.Context) *transaction {
+	done := ctx.Done()
+	if done == nil || ctx.Value(http.ServerContextKey) == nil {
+		return nil
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	t := i.byDone[done]
+	if t == nil {
+		t = newTransaction()
+		if i.byDone == nil {
+			i.byDone = make(map[<-chan struct{}]*transaction)
+		}
+		i.byDone[done] = t
+		context.AfterFunc(ctx, func() {
+			i.mu.Lock()
+			defer i.mu.Unlock()
+			delete(i.byDone, done)
+		})
+	}
+	return t
+}
+
+// len returns the number of requests that have a transaction.
+func (i *implicitTransactions) len() int {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return len(i.byDone)
+}
+
+// transactionOf returns the transaction that ctx belongs to, or nil.
+//
+// A commit looks at the end of its context after this, not before: an implicit transaction goes with its request, and
+// a commit that no longer found it would overwrite.
+func (e *EtcdStore) transactionOf(ctx context.Context) *transaction {
+	if t := explicit(ctx); t != nil {
+		return t
+	}
+	return e.implicit.of(ctx)
+}
+
+// note adds what a Find returned to the read set. A nil transaction has none.
+func (t *transaction) note(k readKey, r read) {
+	if t == nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.reads[k] = r
+}
+
+// noteNew is note for a session that the request has not read before: a listing must not replace what the request
+// believes about its own session.
+func (t *transaction) noteNew(k readKey, r read) {
+	if t == nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, ok := t.reads[k]; !ok {
+		t.reads[k] = r
+	}
+}
+
+// read returns what the transaction has read of a session, if anything.
+func (t *transaction) read(k readKey) (r read, ok bool) {
+	if t == nil {
+		return read{}, false
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r, ok = t.reads[k]
+	return r, ok
+}
+
+// wrote adds to the read set what the request believes after a write: what it wrote. Where that was merged with what
+// others wrote, no revision holds exactly that, so the next commit merges again and never overwrites.
+func (t *transaction) wrote(k readKey, r read) {
+	if t == nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.reads[k] = r
+	delete(t.lost, k)
+}
+
+// lose notes that a commit lost against another request.
+func (t *transaction) lose(k readKey, err error) {
+	if t == nil || !errors.Is(err, ErrConflict) && !errors.Is(err, ErrSessionGone) {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.lost == nil {
+		t.lost = make(map[readKey]error, 1)
+	}
+	t.lost[k] = err
+}
+
+// defeat returns with which session, and why, the transaction has lost; the error is nil if it has not.
+func (t *transaction) defeat() (token string, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for k, err := range t.lost {
+		return k.token, err
+	}
+	return "", nil
+}
+
+// commit is the transition of a commit.
+type commit struct {
+	merger
+	base  *read // nil: the session was not read, or there is no transaction
+	ours  *image
+	touch time.Duration
+}
+
+func (c *commit) next(cur state) (*image, error) {
+	switch {
+	case c.base == nil, c.base.image == nil && cur.image == nil:
+		return c.ours, nil
+	case cur.image == nil:
+		return nil, ErrSessionGone
+	case cur.rev != 0 && cur.rev == c.base.rev:
+		return c.ours, nil
+	}
+	return c.merged(cur.image)
+}
+
+// merged merges the commit into theirs. What does not decode is a conflict.
+func (c *commit) merged(theirs *image) (*image, error) {
+	var b *contents
+	if c.base.image != nil {
+		var err error
+		if b, err = c.base.image.decoded(); err != nil {
+			return nil, &ConflictError{}
+		}
+	}
+	o, errOurs := c.ours.decoded()
+	t, errTheirs := theirs.decoded()
+	if errOurs != nil || errTheirs != nil {
+		return nil, &ConflictError{}
+	}
+	m, err := c.merge(b, o, t)
+	if err != nil {
+		return nil, err
+	}
+	expiry := c.expiry(b, o, t, theirs.expiry)
+	if m == t && (expiry == theirs.expiry || c.withinTouch(theirs.expiry, expiry)) {
+		return theirs, nil
+	}
+	return imageWith(c.ours.codec, m, expiry), nil
+}
+
+// expiry merges the expiry: the side that changed the deadline decides, else the later one holds.
+func (c *commit) expiry(base, ours, theirs *contents, theirExpiry millis) millis {
+	weMoved := base != nil && !ours.deadline.Equal(base.deadline)
+	theyMoved := base != nil && !theirs.deadline.Equal(base.deadline)
+	switch {
+	case weMoved && !theyMoved:
+		return c.ours.expiry
+	case theyMoved && !weMoved && theirExpiry != 0:
+		return theirExpiry
+	}
+	return max(c.ours.expiry, theirExpiry)
+}
+
+// withinTouch reports whether moving the expiry need not be written.
+func (c *commit) withinTouch(from, to millis) bool {
+	return from != 0 && to >= from && to.since(from) < c.touch
+}
+
+// idle reports whether the commit need not be made at all: it changes nothing but the expiry, and that by less than
+// the touch interval.
+func (c *commit) idle() bool {
+	return c.touch > 0 && c.base != nil && c.base.image != nil &&
+		c.withinTouch(c.base.image.expiry, c.ours.expiry) && c.base.image.sameContents(c.ours)
+}
+
+// prepare decodes: the session has company, so a merge is likely.
+func (c *commit) prepare() {
+	_, _ = c.ours.decoded()
+	if c.base != nil && c.base.image != nil {
+		_, _ = c.base.image.decoded()
+	}
+}
+
+// remove is the transition of a delete. Delete always wins.
+type remove struct{}
+
+func (remove) next(state) (*image, error) { return nil, nil }
+func (remove) prepare()                   {}
+
+// update is the transition of Update.
+type update struct {
+	fn func(values map[string]any) error
+}
+
+func (u *update) next(cur state) (*image, error) {
+	if cur.image == nil {
+		return nil, ErrSessionGone
+	}
+	payload, err := cur.image.encoded()
+	if err != nil {
+		return nil, err
+	}
+	deadline, values, err := cur.image.codec.Decode(payload) // a copy that fn may change
+	if err != nil {
+		return nil, err
+	}
+	if values == nil {
+		values = make(map[string]any)
+	}
+	if err := u.fn(values); err != nil {
+		return nil, applicationError{err}
+	}
+	before, err := cur.image.decoded()
+	if err != nil {
+		return nil, err
+	}
+	after := &contents{deadline: deadline, values: values}
+	if after.same(before) {
+		return cur.image, nil
+	}
+	return imageWith(cur.image.codec, after, cur.image.expiry), nil
+}
+
+func (*update) prepare() {}
+
+// Update reads a session, runs fn on its values, and commits what fn left in the map. Where others commit in between,
+// fn runs again on what they left; so it should do nothing but change the map, soon, and in the same way each time. It
+// never runs after Update has returned. The session's expiry and deadline stay as they are, and where fn changes
+// nothing, nothing is written.
+//
+// An error of fn aborts, and Update returns it as it is. Where there is no such session, or it goes meanwhile, the
+// error is ErrSessionGone. Update stands outside of a transaction in ctx: the read set does not change.
+func (e *EtcdStore) Update(ctx context.Context, token string, fn func(values map[string]any) error) error {
+	if !validToken(token) {
+		return ErrSessionGone
+	}
+	return e.call(ctx, "update", func(ctx context.Context) error {
+		read, err := e.reader.find(ctx, e.prefix+token)
+		if err != nil {
+			return err
+		}
+		hint, err := e.withExpiry(ctx, read)
+		if err != nil {
+			return err
+		}
+		return e.pipeline.do(ctx, &op{key: e.prefix + token, change: &update{fn: fn}, hint: hint})
+	})
+}
+
+// withExpiry completes a session of scs's own etcdstore, whose expiry only its lease knows.
+func (e *EtcdStore) withExpiry(ctx context.Context, v *version) (*version, error) {
+	if v.rev == 0 || v.image.expiry != 0 {
+		return v, nil
+	}
+	expiry := forever
+	if v.lease != 0 {
+		err := retry(ctx, func(ctx context.Context) error {
+			resp, err := e.conn.TimeToLive(ctx, v.lease)
+			if err == nil {
+				expiry = e.now().plus(time.Duration(resp.TTL) * time.Second)
+			}
+			return clientv3.ContextError(ctx, err)
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	completed := *v
+	completed.image = imageOf(e.codec, v.image.payload, max(expiry, 1))
+	return &completed, nil
+}
