@@ -27,8 +27,8 @@ const (
 // leasePool shares leases between sessions. Leases collect garbage and never decide expiry: etcd resets them
 // to their full TTL when its leader changes.
 //
-// A session with R left to live gets a lease that outlasts it by R/16 to R/2, and keeps it as long as commits
-// do not move its expiry beyond the lease's end. So most commits name no lease, and however the sessions'
+// A session with R left to live gets a lease that outlasts it by R/16 to R, a new one by R/4, and keeps it as long
+// as commits do not move its expiry beyond the lease's end. So most commits name no lease, and however the sessions'
 // lifetimes are spread, a few open leases cover them. A lease takes 100 sessions; only the process that granted
 // it attaches to it.
 //
@@ -42,8 +42,8 @@ const (
 //     no earlier send can be applied any more. Updates need no fence, since a mod revision never returns.
 //
 // A lease is closed when it is full or too old to be attached to. The owner revokes a closed lease when no
-// session is on it any more; nothing can be lost by that, because a Put that was under way fails the compare of
-// the fence. Rejected: keep-alive (a goroutine and a stream per process, and a crash orphans the sessions), one
+// session is on it any more. It deletes the lease's key first, so that a Put that was under way fails its compare
+// and takes another lease, and looks again: else that session would go with the lease. Rejected: keep-alive (a goroutine and a stream per process, and a crash orphans the sessions), one
 // lease per session (slow leader changes), one cached lease (its expiry would be a write stall: it deletes key by
 // key in one entry).
 type leasePool struct {
@@ -117,7 +117,7 @@ func (p *leasePool) attach(e millis) (seat, bool) {
 func (p *leasePool) fitting(e, now millis) (first *lease, free int) {
 	e = leased(e, now)
 	left := e.since(now)
-	from, to := e.plus(left/16), e.plus(max(left/2, 2*time.Second))
+	from, to := e.plus(left/16), e.plus(max(left, 2*time.Second))
 	for _, l := range p.open {
 		if l.until < from || l.until > to || l.suspect || l.sessions >= leaseSeats {
 			continue
@@ -268,14 +268,16 @@ func (p *leasePool) refence(ctx context.Context, s seat) error {
 }
 
 // fenced notes the mod revision that the lease's key turned out to have, after an attempt failed its compare.
-// It reports whether the lease is still there.
+// It reports whether sessions may still be attached to the lease.
 func (p *leasePool) fenced(l *lease, rev int64) bool {
-	if rev == 0 {
-		p.lost(l)
-		return false
-	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if rev == 0 {
+		if !slices.Contains(p.closed, l) { // its owner has not deleted the key
+			p.forget(l)
+		}
+		return false
+	}
 	l.fence = max(l.fence, rev)
 	return true
 }
@@ -341,21 +343,33 @@ func (p *leasePool) sweep(n int) {
 // revokeUnused revokes a lease that has no session. An error leaves it for the next sweep, or for etcd when its
 // time is up.
 func (p *leasePool) revokeUnused(ctx context.Context, l *lease) error {
-	resp, err := p.conn.TimeToLive(ctx, l.id, clientv3.WithAttachedKeys())
-	if err != nil {
-		return clientv3.ContextError(ctx, err)
+	unused, err := p.unused(ctx, l)
+	if err != nil || !unused {
+		return err
 	}
-	if slices.ContainsFunc(resp.Keys, func(key []byte) bool { return string(key) != l.key }) {
-		return nil
+	// From here on nothing can be attached to it any more.
+	if _, err := p.conn.do(ctx, clientv3.OpDelete(l.key)); err != nil {
+		return err
 	}
-	if resp.TTL >= 0 { // -1: there is no such lease any more
-		_, err = p.conn.Revoke(ctx, l.id)
-		if err = clientv3.ContextError(ctx, err); err != nil && classify(err) != classLeaseLost {
-			return err
-		}
+	unused, err = p.unused(ctx, l)
+	if err != nil || !unused {
+		return err
+	}
+	_, err = p.conn.Revoke(ctx, l.id)
+	if err = clientv3.ContextError(ctx, err); err != nil && classify(err) != classLeaseLost {
+		return err
 	}
 	p.lost(l)
 	return nil
+}
+
+// unused reports whether no session is on a lease, or there is no such lease any more.
+func (p *leasePool) unused(ctx context.Context, l *lease) (bool, error) {
+	resp, err := p.conn.TimeToLive(ctx, l.id, clientv3.WithAttachedKeys())
+	if err != nil {
+		return false, clientv3.ContextError(ctx, err)
+	}
+	return !slices.ContainsFunc(resp.Keys, func(key []byte) bool { return string(key) != l.key }), nil
 }
 
 // close revokes all leases without sessions.

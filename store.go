@@ -227,6 +227,9 @@ func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 func (e *EtcdStore) list(ctx context.Context) (map[string]*version, error) {
 	versions := make(map[string]*version)
 	from, end := e.prefix, e.prefix+reserved
+	if from == "" {
+		from = "\x00" // the first key; etcd takes no empty one
+	}
 	for rev := int64(0); ; {
 		var page *clientv3.GetResponse
 		err := retry(ctx, func(ctx context.Context) error {

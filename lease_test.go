@@ -1,0 +1,319 @@
+package etcdstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/seed210be38d/etcdstore/internal/etcdtest"
+)
+
+const grantMethod = "/etcdserverpb.Lease/LeaseGrant"
+
+func TestLease_ManySessions(t *testing.T) {
+	s, cli := newTestStore(t)
+	var wg sync.WaitGroup
+	for w := range 50 {
+		wg.Go(func() {
+			for i := range 40 {
+				for range 3 {
+					mustCommitTo(t, s, fmt.Sprint(w, "-", i))
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if n := len(etcdtest.Leases(t, cli)); n > 40 {
+		t.Errorf("%d leases for 2000 sessions", n)
+	}
+	if all, err := s.All(); err != nil || len(all) != 2000 {
+		t.Errorf("%d sessions, %v", len(all), err)
+	}
+}
+
+func mustCommitTo(t *testing.T, s *EtcdStore, token string) {
+	t.Helper()
+	if err := s.Commit(token, []byte("x"), time.Now().Add(time.Hour)); err != nil {
+		t.Errorf("Commit: %v", err)
+	}
+}
+
+// Sessions with lifetimes from a minute to a month share a few leases.
+func TestLease_ManyLifetimes(t *testing.T) {
+	s, cli := newTestStore(t)
+	for i := range 300 {
+		life := time.Minute << (i % 15) * time.Duration(100+i) / 100
+		mustCommit(t, s, fmt.Sprint("t", i), "x", life)
+	}
+	if n := len(etcdtest.Leases(t, cli)); n > 40 {
+		t.Errorf("%d leases for 300 sessions", n)
+	}
+}
+
+func TestLease_OneSessionManyCommits(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{})
+	faults := &etcdtest.Faults{}
+	s := New(c.Client(t, etcdtest.WithFaults(faults)))
+	defer mustClose(t, s)
+	ctx := Begin(t.Context())
+	mustCommit(t, s, "a", "x", 20*time.Minute)
+	if _, ok, err := s.FindCtx(ctx, "a"); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	faults.Reset()
+	for i := range 100 {
+		mustCommit(t, s, "a", fmt.Sprint(i), 20*time.Minute)
+	}
+	for i := range 100 {
+		if err := s.CommitCtx(Begin(t.Context()), "a", []byte(fmt.Sprint(i)), time.Now().Add(20*time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := faults.Calls(grantMethod); n != 0 {
+		t.Errorf("%d leases granted for 200 commits of one session", n)
+	}
+}
+
+// A session whose expiry moves on and on changes its lease now and then, and leaves none behind.
+func TestLease_MovingExpiry(t *testing.T) {
+	s, cli := newTestStore(t)
+	base := time.Now().Add(time.Hour)
+	for i := range 200 {
+		if err := s.Commit("a", []byte("x"), base.Add(time.Duration(i)*10*time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	etcdtest.Eventually(t, 10*time.Second, func() bool { return len(etcdtest.Leases(t, cli)) <= 3 }, "leases pile up behind a session that moves")
+	resp, err := cli.Get(t.Context(), defaultPrefix+"a")
+	if err != nil || len(resp.Kvs) != 1 {
+		t.Fatal(resp, err)
+	}
+	ttl, err := cli.TimeToLive(t.Context(), clientv3.LeaseID(resp.Kvs[0].Lease))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if end := time.Now().Add(time.Duration(ttl.TTL) * time.Second); end.Before(base.Add(199 * 10 * time.Minute)) {
+		t.Errorf("the lease ends %v before the session", base.Add(1990*time.Minute).Sub(end))
+	}
+}
+
+// When the sessions are gone so are the leases, at Close the last.
+func TestLease_NoneLeft(t *testing.T) {
+	s, cli := newTestStore(t)
+	commitMany(t, s, 500)
+	all, err := s.All()
+	if err != nil || len(all) != 500 {
+		t.Fatal(len(all), err)
+	}
+	var wg sync.WaitGroup
+	for token := range all {
+		wg.Go(func() {
+			if err := s.Delete(token); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	etcdtest.Eventually(t, 10*time.Second, func() bool { return len(etcdtest.Leases(t, cli)) <= 2 }, "the owner does not revoke leases without sessions")
+	mustClose(t, s)
+	if leases, keys := etcdtest.Leases(t, cli), etcdtest.Keys(t, cli, ""); len(leases) != 0 || len(keys) != 0 {
+		t.Errorf("left behind: leases %v, keys %q", leases, keys)
+	}
+}
+
+// Logins and logouts, one after the other, do not use up leases.
+func TestLease_Turnover(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{})
+	faults := &etcdtest.Faults{}
+	s := New(c.Client(t, etcdtest.WithFaults(faults)))
+	defer mustClose(t, s)
+	for i := range 300 {
+		token := fmt.Sprint("t", i)
+		mustCommit(t, s, token, "x", time.Hour)
+		if err := s.Delete(token); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := faults.Calls(grantMethod); n > 2 {
+		t.Errorf("%d leases granted for 300 sessions, one after the other", n)
+	}
+}
+
+// Close keeps the leases that sessions are on.
+func TestLease_CloseKeepsSessions(t *testing.T) {
+	s, cli := newTestStore(t)
+	mustCommit(t, s, "a", "x", time.Hour)
+	mustClose(t, s)
+	wantFound(t, New(cli), "a", "x")
+	if n := len(etcdtest.Leases(t, cli)); n != 1 {
+		t.Errorf("%d leases", n)
+	}
+}
+
+// A lease that is revoked behind the store's back costs a new grant and no failed call. The sessions on it are lost with
+// it; etcd deletes their keys.
+func TestLease_Lost(t *testing.T) {
+	s, cli := newTestStore(t)
+	mustCommit(t, s, "a", "x", time.Hour)
+	revokeAll := func() {
+		for _, id := range etcdtest.Leases(t, cli) {
+			if _, err := cli.Revoke(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	revokeAll()
+	wantAbsent(t, s, "a")
+	mustCommit(t, s, "b", "y", time.Hour)
+	wantFound(t, s, "b", "y")
+
+	ctx := Begin(t.Context())
+	if _, ok, err := s.FindCtx(ctx, "b"); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	revokeAll()
+	if err := s.CommitCtx(ctx, "b", []byte("z"), time.Now().Add(time.Hour)); !errors.Is(err, ErrSessionGone) {
+		t.Errorf("a commit based on a session that went with its lease: %v", err)
+	}
+	commitMany(t, s, 200) // in batches, with others
+	if all, err := s.All(); err != nil || len(all) != 200 {
+		t.Errorf("%d sessions, %v", len(all), err)
+	}
+}
+
+// Members that refuse a lease by its name, as before its key was compared, are believed too.
+func TestLease_LostByError(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{})
+	faults := &etcdtest.Faults{}
+	s := New(c.Client(t, etcdtest.WithFaults(faults)))
+	defer mustClose(t, s)
+	mustCommit(t, s, "a", "x", time.Hour)
+	once := sync.OnceValue(func() etcdtest.Fate { return etcdtest.Fate{Drop: true, Err: rpctypes.ErrGRPCLeaseNotFound} })
+	first := true
+	faults.Intercept(func(method string, _ any) etcdtest.Fate {
+		if method == "/etcdserverpb.KV/Txn" && first {
+			first = false
+			return once()
+		}
+		return etcdtest.Fate{}
+	})
+	faults.Reset()
+	if err := s.CommitCtx(Begin(t.Context()), "b", []byte("y"), time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if n := faults.Calls(grantMethod); n != 1 {
+		t.Errorf("%d leases granted in place of the one that was lost", n)
+	}
+	wantFound(t, s, "b", "y")
+}
+
+// Grants are made once for all who wait, and an error of one is tried again.
+func TestLease_GrantFails(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{})
+	faults := &etcdtest.Faults{}
+	s := New(c.Client(t, etcdtest.WithFaults(faults)))
+	defer mustClose(t, s)
+	var mu sync.Mutex
+	left := 3
+	faults.Intercept(func(method string, _ any) etcdtest.Fate {
+		mu.Lock()
+		defer mu.Unlock()
+		if method == grantMethod && left > 0 {
+			left--
+			return etcdtest.Fate{Drop: true}
+		}
+		return etcdtest.Fate{}
+	})
+	commitMany(t, s, 50)
+	if n := faults.Calls(grantMethod); n != 4 {
+		t.Errorf("%d grants; want three that failed and one", n)
+	}
+}
+
+// A user that may only read and write the store's prefix can do everything.
+func TestLease_RBAC(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{})
+	etcdtest.EnableAuth(t, c, "app", "secret", defaultPrefix)
+	cli, root := c.Client(t, etcdtest.WithUser("app", "secret")), c.Client(t, etcdtest.WithUser("root", "root"))
+	if _, err := cli.Put(t.Context(), "elsewhere", "x"); !errors.Is(err, rpctypes.ErrPermissionDenied) {
+		t.Fatalf("the user may write outside of the prefix: %v", err)
+	}
+	s := New(cli)
+	commitMany(t, s, 250)
+	conflict(t, s)
+	all, err := s.All()
+	if err != nil || len(all) != 251 {
+		t.Errorf("All = %d sessions, %v", len(all), err)
+	}
+	for token := range all {
+		if err := s.Delete(token); err != nil {
+			t.Fatal(err)
+		}
+		wantAbsent(t, s, token)
+	}
+	mustClose(t, s)
+	if leases := etcdtest.Leases(t, root); len(leases) != 0 {
+		t.Errorf("left behind: %v", leases)
+	}
+
+	foreign := NewWithPrefix(cli, "elsewhere:", WithTimeout(time.Second))
+	defer mustClose(t, foreign)
+	_, _, findErr := foreign.Find("token")
+	for call, err := range map[string]error{"Find": findErr, "Commit": foreign.Commit("token", []byte("x"), time.Now().Add(time.Hour)), "Delete": foreign.Delete("token")} {
+		if !errors.Is(err, rpctypes.ErrPermissionDenied) || strings.Contains(err.Error(), "token") {
+			t.Errorf("%s without permission: %v", call, err)
+		}
+	}
+}
+
+// Where a session's expiry lies decides which lease it shares.
+func TestLease_Fitting(t *testing.T) {
+	now := millis(1_000_000_000)
+	hour := millis(time.Hour.Milliseconds())
+	p := newLeasePool(&conn{etcd: nil}, "", func() millis { return now }, func(func()) {})
+	p.open = []*lease{{id: 1, until: now + hour + hour/4, opens: forever}}
+	for _, c := range []struct {
+		name string
+		left millis
+		want bool
+	}{
+		{"as granted for", hour, true},
+		{"a little earlier", hour - hour/10, true},
+		{"so late that it would soon outgrow the lease", hour + hour/4, false},
+		{"so early that the lease would hold it far too long", hour / 2, false},
+		{"later than the lease", 2 * hour, false},
+	} {
+		if _, got := p.attach(now + c.left); got != c.want {
+			t.Errorf("%s: %v", c.name, got)
+		}
+	}
+	p.open[0].sessions = leaseSeats
+	if _, ok := p.attach(now + hour); ok {
+		t.Error("a full lease took another session")
+	}
+	if len(p.open) != 0 || len(p.closed) != 1 {
+		t.Error("a full lease was not closed")
+	}
+}
+
+func TestLease_AcquireEndsWithContext(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{})
+	faults := &etcdtest.Faults{}
+	s := New(c.Client(t, etcdtest.WithFaults(faults)), WithTimeout(200*time.Millisecond))
+	defer mustClose(t, s)
+	faults.Intercept(func(method string, _ any) etcdtest.Fate { return etcdtest.Fate{Drop: method == grantMethod} })
+	err := s.Commit("a", []byte("x"), time.Now().Add(time.Hour))
+	if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrOutcomeUnknown) {
+		t.Errorf("Commit without a lease: %v; want the time-out, and nothing sent", err)
+	}
+	faults.Intercept(nil)
+	wantAbsent(t, s, "a")
+	mustCommit(t, s, "a", "x", time.Hour)
+}
