@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -30,10 +29,50 @@ type farm struct {
 	stores   []*EtcdStore
 	managers []*scs.SessionManager
 	urls     []string
+	gate     gate
 }
 
-// newFarm starts the application. handler makes the handler of one server, outside of which LoadAndSave is not yet.
-func newFarm(t *testing.T, handler func(s *EtcdStore, sm *scs.SessionManager) http.Handler, opts ...Option) *farm {
+// gate holds requests between their read of the session and their commit.
+type gate struct {
+	mu     sync.Mutex
+	loaded sync.WaitGroup
+	open   chan struct{}
+}
+
+// wait is called by a request that has loaded its session.
+func (g *gate) wait() {
+	g.mu.Lock()
+	open := g.open
+	g.mu.Unlock()
+	g.loaded.Done()
+	<-open
+}
+
+// inFlight has 8 requests of b load the session, each to set a key of its own. When all have, they go on to commit, and act
+// runs at the same time. All of them must get the response that they would get without it.
+func (f *farm) inFlight(t *testing.T, b *browser, act func()) {
+	t.Helper()
+	const requests = 8
+	f.gate.mu.Lock()
+	f.gate.open = make(chan struct{})
+	f.gate.mu.Unlock()
+	f.gate.loaded.Add(requests)
+	var wg sync.WaitGroup
+	for i := range requests {
+		wg.Go(func() {
+			if p := b.get(t, f.url(i, fmt.Sprintf("/slow?key=k%d", i))); p.status != http.StatusOK || p.body != "done" {
+				t.Errorf("a request in flight was answered with %d %q", p.status, p.body)
+			}
+		})
+	}
+	f.gate.loaded.Wait()
+	wg.Go(act)
+	close(f.gate.open)
+	wg.Wait()
+}
+
+// newFarm starts the application. wrap makes the handler of one server.
+func newFarm(t *testing.T, wrap func(s *EtcdStore, sm *scs.SessionManager, mux *http.ServeMux) http.Handler, opts ...Option) *farm {
 	t.Helper()
 	f := &farm{cluster: etcdtest.New(t, etcdtest.Config{Members: 3})}
 	f.admin = f.cluster.Client(t)
@@ -41,7 +80,7 @@ func newFarm(t *testing.T, handler func(s *EtcdStore, sm *scs.SessionManager) ht
 		s := New(f.cluster.Client(t), opts...)
 		sm := newManager(s)
 		sm.ErrorFunc = ErrorFunc
-		server := httptest.NewServer(handler(s, sm))
+		server := httptest.NewServer(wrap(s, sm, shop(sm, &f.gate)))
 		t.Cleanup(func() {
 			server.Close()
 			mustClose(t, s)
@@ -95,7 +134,7 @@ func (f *farm) sessions(t *testing.T) []map[string]any {
 }
 
 // shop is the application that the races run on.
-func shop(sm *scs.SessionManager) *http.ServeMux {
+func shop(sm *scs.SessionManager, gate *gate) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/login", func(_ http.ResponseWriter, r *http.Request) {
 		sm.Put(r.Context(), "user", r.FormValue("user"))
@@ -107,6 +146,17 @@ func shop(sm *scs.SessionManager) *http.ServeMux {
 		n := sm.GetInt(r.Context(), "n") + 1
 		sm.Put(r.Context(), "n", n)
 		fmt.Fprint(w, n)
+	})
+	mux.HandleFunc("/slow", func(w http.ResponseWriter, r *http.Request) {
+		sm.Put(r.Context(), r.FormValue("key"), "x")
+		gate.wait()
+		fmt.Fprint(w, "done")
+	})
+	mux.HandleFunc("/switch", func(w http.ResponseWriter, r *http.Request) {
+		if err := sm.Destroy(r.Context()); err != nil {
+			http.Error(w, "destroy", http.StatusServiceUnavailable)
+		}
+		sm.Put(r.Context(), "user", "bob")
 	})
 	mux.HandleFunc("/renew", func(w http.ResponseWriter, r *http.Request) {
 		if err := sm.RenewToken(r.Context()); err != nil {
@@ -124,7 +174,9 @@ func shop(sm *scs.SessionManager) *http.ServeMux {
 	return mux
 }
 
-func loadAndSave(_ *EtcdStore, sm *scs.SessionManager) http.Handler { return sm.LoadAndSave(shop(sm)) }
+func loadAndSave(_ *EtcdStore, sm *scs.SessionManager, mux *http.ServeMux) http.Handler {
+	return sm.LoadAndSave(mux)
+}
 
 // 200 requests of one session at the same time, each setting a key of its own: none is lost, none fails, and none costs
 // a lease.
@@ -181,7 +233,9 @@ func TestRace_SameKey(t *testing.T) {
 
 // The same with Retry: all of them count.
 func TestRace_SameKeyRetry(t *testing.T) {
-	f := newFarm(t, func(s *EtcdStore, sm *scs.SessionManager) http.Handler { return s.Retry(sm.LoadAndSave(shop(sm))) })
+	f := newFarm(t, func(s *EtcdStore, sm *scs.SessionManager, mux *http.ServeMux) http.Handler {
+		return s.Retry(sm.LoadAndSave(mux))
+	})
 	b := newBrowser(t)
 	b.get(t, f.url(0, "/login?user=alice"))
 	for i, p := range f.storm(t, b, 64, func(int) string { return "/increment" }) {
@@ -215,69 +269,34 @@ func TestRace_SameKeyResolver(t *testing.T) {
 	}
 }
 
-// A logout while 8 requests are in flight, 200 times: the session does not come back, and no request fails. The requests
-// are in flight for certain: they have loaded the session, and commit when the logout has begun.
+// A logout while 8 requests are in flight, 200 times: the session does not come back, and no request fails.
 func TestRace_Logout(t *testing.T) {
-	type round struct {
-		loaded sync.WaitGroup
-		commit chan struct{}
-	}
-	var current atomic.Pointer[round]
-	f := newFarm(t, func(_ *EtcdStore, sm *scs.SessionManager) http.Handler {
-		mux := shop(sm)
-		mux.HandleFunc("/slow", func(w http.ResponseWriter, r *http.Request) {
-			round := current.Load()
-			sm.Put(r.Context(), "k"+r.FormValue("i"), 1)
-			round.loaded.Done()
-			<-round.commit
-			fmt.Fprint(w, "done")
-		})
-		return sm.LoadAndSave(mux)
-	})
+	f := newFarm(t, loadAndSave)
 	for n := range 200 {
 		b := newBrowser(t)
 		b.get(t, f.url(n, "/login?user=alice"))
-		r := &round{commit: make(chan struct{})}
-		r.loaded.Add(8)
-		current.Store(r)
-		var wg sync.WaitGroup
-		for i := range 8 {
-			wg.Go(func() {
-				if p := b.get(t, f.url(i, fmt.Sprintf("/slow?i=%d", i))); p.status != http.StatusOK || p.body != "done" {
-					t.Errorf("round %d: a request in flight was answered with %d %q", n, p.status, p.body)
-				}
-			})
-		}
-		r.loaded.Wait()
-		wg.Go(func() {
+		f.inFlight(t, b, func() {
 			if p := b.get(t, f.url(n, "/logout")); p.status != http.StatusOK {
-				t.Errorf("round %d: logout: %d", n, p.status)
+				t.Errorf("logout: %d", p.status)
 			}
 		})
-		close(r.commit)
-		wg.Wait()
 		b.CloseIdleConnections()
-	}
-	if back := f.sessions(t); len(back) != 0 {
-		t.Errorf("%d of 200 sessions came back: %v", len(back), back)
+		if back := f.sessions(t); len(back) != 0 {
+			t.Fatalf("round %d: the session came back: %v", n, back)
+		}
 	}
 }
 
 // Updates while the token is renewed. The new session has what the renewing request read and wrote. An update by another
 // request is in it if it was committed before that read; one that is committed after the old session was deleted is
-// refused, and its response passes without a cookie; one in between went with the old session. A request that comes with
-// the old cookie after that begins a session of its own, as scs has it. In no case does the old session stay.
+// refused, and its response passes without a cookie; one in between went with the old session. The old session does not
+// stay.
 func TestRace_RenewToken(t *testing.T) {
 	f := newFarm(t, loadAndSave)
 	for n := range 50 {
 		b := newBrowser(t)
 		b.get(t, f.url(n, "/login?user=alice"))
-		f.storm(t, b, 7, func(i int) string {
-			if i == 3 {
-				return "/renew"
-			}
-			return fmt.Sprintf("/set?key=k%d&value=%d", i, i)
-		})
+		f.inFlight(t, b, func() { b.get(t, f.url(n, "/renew")) })
 		f.wantOneLogin(t, "alice", func(map[string]any) bool { return true })
 		if err := f.destroyAll(t); err != nil {
 			t.Fatal(err)
@@ -286,27 +305,13 @@ func TestRace_RenewToken(t *testing.T) {
 }
 
 // What a login that follows a logout in the same request finds: nothing of the session before, whatever other requests
-// wrote to that.
+// write to that.
 func TestRace_DestroyAndLoginAgain(t *testing.T) {
-	f := newFarm(t, func(_ *EtcdStore, sm *scs.SessionManager) http.Handler {
-		mux := shop(sm)
-		mux.HandleFunc("/switch", func(_ http.ResponseWriter, r *http.Request) {
-			if err := sm.Destroy(r.Context()); err != nil {
-				t.Error(err)
-			}
-			sm.Put(r.Context(), "user", "bob")
-		})
-		return sm.LoadAndSave(mux)
-	})
+	f := newFarm(t, loadAndSave)
 	for n := range 50 {
 		b := newBrowser(t)
 		b.get(t, f.url(n, "/login?user=alice"))
-		f.storm(t, b, 7, func(i int) string {
-			if i == 3 {
-				return "/switch"
-			}
-			return fmt.Sprintf("/set?key=k%d&value=%d", i, i)
-		})
+		f.inFlight(t, b, func() { b.get(t, f.url(n, "/switch")) })
 		f.wantOneLogin(t, "bob", func(s map[string]any) bool { return len(s) == 1 })
 		if err := f.destroyAll(t); err != nil {
 			t.Fatal(err)
@@ -329,17 +334,19 @@ func (f *farm) destroyAll(t *testing.T) error {
 	return f.managers[0].Iterate(Begin(t.Context()), func(ctx context.Context) error { return f.managers[0].Destroy(ctx) })
 }
 
-// Everybody logs out at once.
+// Everybody logs out at once, while requests are in flight.
 func TestRace_DestroyDestroy(t *testing.T) {
 	f := newFarm(t, loadAndSave)
 	for n := range 30 {
 		b := newBrowser(t)
 		b.get(t, f.url(n, "/login?user=alice"))
-		for _, p := range f.storm(t, b, 8, func(int) string { return "/logout" }) {
-			if p.status != http.StatusOK {
-				t.Errorf("round %d: %d %s", n, p.status, p.body)
+		f.inFlight(t, b, func() {
+			for _, p := range f.storm(t, b, 8, func(int) string { return "/logout" }) {
+				if p.status != http.StatusOK {
+					t.Errorf("logout: %d %s", p.status, p.body)
+				}
 			}
-		}
+		})
 		if left := f.sessions(t); len(left) != 0 {
 			t.Fatalf("round %d: %v", n, left)
 		}
@@ -412,8 +419,7 @@ func TestRace_Iterate(t *testing.T) {
 
 // Implicit transactions are gone when their requests are: also where the browser left in the middle.
 func TestRace_ImplicitTransactionsEnd(t *testing.T) {
-	f := newFarm(t, func(_ *EtcdStore, sm *scs.SessionManager) http.Handler {
-		mux := shop(sm)
+	f := newFarm(t, func(_ *EtcdStore, sm *scs.SessionManager, mux *http.ServeMux) http.Handler {
 		mux.HandleFunc("/wait", func(_ http.ResponseWriter, r *http.Request) {
 			sm.Put(r.Context(), "wait", "x")
 			<-r.Context().Done()

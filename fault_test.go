@@ -1,0 +1,959 @@
+package etcdstore
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/alexedwards/scs/v2"
+	"github.com/anishathalye/porcupine"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/seed210be38d/etcdstore/internal/etcdtest"
+)
+
+var soak = flag.Duration("soak", 0, "how long the fault run lasts (default 30s, 10s with the race detector)")
+
+const txnMethod = "/etcdserverpb.KV/Txn"
+
+// unavailableEOF is what a client sees when its member goes down in the middle of a call.
+var unavailableEOF = status.Error(codes.Unavailable, "error reading from server: EOF")
+
+// faultyStore returns a store on a cluster of one, through a client whose calls can be made to fail, and a client without
+// faults. A session and its lease are there already.
+func faultyStore(t *testing.T, opts ...Option) (*EtcdStore, *etcdtest.Faults, *clientv3.Client) {
+	t.Helper()
+	c := etcdtest.New(t, etcdtest.Config{})
+	faults := &etcdtest.Faults{}
+	s := New(c.Client(t, etcdtest.WithFaults(faults)), opts...)
+	t.Cleanup(func() {
+		faults.Intercept(nil)
+		mustClose(t, s)
+	})
+	mustCommit(t, s, "a", "before", time.Hour)
+	return s, faults, c.Client(t)
+}
+
+// failOnce has the n-th of the next Txns that write end in a fate.
+func failOnce(f *etcdtest.Faults, n int, fate etcdtest.Fate) {
+	var mu sync.Mutex
+	f.Intercept(func(method string, req any) etcdtest.Fate {
+		txn, ok := req.(*etcdserverpb.TxnRequest)
+		if !ok || len(txn.Compare) == 0 {
+			return etcdtest.Fate{}
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if n--; n == 0 {
+			return fate
+		}
+		return etcdtest.Fate{}
+	})
+}
+
+// Every error that leaves an outcome open is settled, whether the call was made or not: the write happens once.
+func TestFault_UnknownIsSettled(t *testing.T) {
+	s, faults, cli := faultyStore(t)
+	unknown := []error{
+		unavailableEOF,
+		rpctypes.ErrGRPCTimeout,
+		rpctypes.ErrGRPCTimeoutDueToLeaderFail,
+		rpctypes.ErrGRPCTimeoutDueToConnectionLost,
+		rpctypes.ErrGRPCLeaderChanged,
+		rpctypes.ErrGRPCStopped,
+		status.Error(codes.DeadlineExceeded, "context deadline exceeded"), // the client resends behind our back
+		status.Error(codes.Canceled, "context canceled"),
+		status.Error(codes.Unknown, "raft proposal dropped"),
+		status.Error(codes.Internal, "transport"),
+		rpctypes.ErrGRPCAuthOldRevision, // definite, and transient
+		rpctypes.ErrGRPCRequestTooManyRequests,
+		rpctypes.ErrGRPCNoLeader,
+	}
+	for i, err := range unknown {
+		for _, made := range []bool{true, false} {
+			if made && classify(rpctypes.Error(err)) == classTransient {
+				continue // the server does not answer so to what it applies
+			}
+			name := fmt.Sprintf("%v, made %v", err, made)
+			created, updated := fmt.Sprintf("c%d%v", i, made), "a"
+			failOnce(faults, 1, etcdtest.Fate{Err: err, Drop: !made})
+			if err := s.CommitCtx(Begin(t.Context()), created, []byte(name), time.Now().Add(time.Hour)); err != nil {
+				t.Errorf("%s: create: %v", name, err)
+			}
+			before := modRevision(t, cli, updated)
+			failOnce(faults, 1, etcdtest.Fate{Err: err, Drop: !made})
+			if err := s.Commit(updated, []byte(name), time.Now().Add(time.Hour)); err != nil {
+				t.Errorf("%s: update: %v", name, err)
+			}
+			faults.Intercept(nil)
+			wantFound(t, s, created, name)
+			wantFound(t, s, updated, name)
+			if n := versions(t, cli, updated, before); n != 1 {
+				t.Errorf("%s: updated %d times", name, n)
+			}
+			if n := versions(t, cli, created, 0); n != 1 {
+				t.Errorf("%s: created %d times", name, n)
+			}
+			failOnce(faults, 1, etcdtest.Fate{Err: err, Drop: !made})
+			if err := s.Delete(created); err != nil {
+				t.Errorf("%s: delete: %v", name, err)
+			}
+			wantAbsent(t, s, created)
+		}
+	}
+}
+
+func modRevision(t *testing.T, cli *clientv3.Client, token string) int64 {
+	t.Helper()
+	resp, err := cli.Get(t.Context(), defaultPrefix+token)
+	if err != nil || len(resp.Kvs) == 0 {
+		t.Fatal(resp, err)
+	}
+	return resp.Kvs[0].ModRevision
+}
+
+// versions counts the versions of a session after a revision.
+func versions(t *testing.T, cli *clientv3.Client, token string, after int64) int {
+	t.Helper()
+	n := 0
+	for rev := int64(-1); ; n++ {
+		resp, err := cli.Get(t.Context(), defaultPrefix+token, clientv3.WithRev(max(rev, 0)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(resp.Kvs) == 0 || resp.Kvs[0].ModRevision <= after {
+			return n
+		}
+		rev = resp.Kvs[0].ModRevision - 1
+	}
+}
+
+// Definite errors fail the call that they answer, and nothing is stored.
+func TestFault_DefiniteFails(t *testing.T) {
+	s, faults, _ := faultyStore(t)
+	for _, c := range []struct{ sent, want error }{
+		{rpctypes.ErrGRPCRequestTooLarge, ErrTooLarge},
+		{rpctypes.ErrGRPCPermissionDenied, rpctypes.ErrPermissionDenied},
+		{rpctypes.ErrGRPCDuplicateKey, rpctypes.ErrDuplicateKey},
+		{rpctypes.ErrGRPCUserEmpty, rpctypes.ErrUserEmpty},
+		{rpctypes.ErrGRPCNoSpace, rpctypes.ErrNoSpace},
+	} {
+		for _, token := range []string{"a", "new"} {
+			ctx := Begin(t.Context())
+			if _, _, err := s.FindCtx(ctx, token); err != nil {
+				t.Fatal(err)
+			}
+			failOnce(faults, 1, etcdtest.Fate{Err: c.sent, Drop: true})
+			err := s.CommitCtx(ctx, token, []byte("x"), time.Now().Add(time.Hour))
+			if !errors.Is(err, c.want) || errors.Is(err, ErrOutcomeUnknown) || !strings.HasPrefix(err.Error(), "etcdstore: ") {
+				t.Errorf("%v: Commit(%q) = %v", c.sent, token, err)
+			}
+		}
+		faults.Intercept(nil)
+		wantFound(t, s, "a", "before")
+		wantAbsent(t, s, "new")
+	}
+}
+
+// A write that crossed the quota is applied, and answered with ErrNoSpace.
+func TestFault_NoSpaceButApplied(t *testing.T) {
+	s, faults, _ := faultyStore(t)
+	failOnce(faults, 1, etcdtest.Fate{Err: rpctypes.ErrGRPCNoSpace})
+	if err := s.Commit("a", []byte("after"), time.Now().Add(time.Hour)); err != nil {
+		t.Error(err)
+	}
+	failOnce(faults, 1, etcdtest.Fate{Err: rpctypes.ErrGRPCNoSpace})
+	if err := s.CommitCtx(Begin(t.Context()), "new", []byte("after"), time.Now().Add(time.Hour)); err != nil {
+		t.Error(err)
+	}
+	faults.Intercept(nil)
+	wantFound(t, s, "a", "after")
+	wantFound(t, s, "new", "after")
+}
+
+// The client sends a write again when a server gave up on it. The write id tells that the failed compare is our own doing,
+// also where another write came on top of it.
+func TestFault_HiddenResend(t *testing.T) {
+	s, faults, cli := faultyStore(t)
+	other := New(cli)
+	defer mustClose(t, other)
+	base := gobSession(t, time.Now().Add(time.Hour), map[string]any{"n": 0})
+	for _, act := range []string{"nothing", "overwritten", "overwritten twice", "deleted"} {
+		if err := s.Commit("a", base, time.Now().Add(time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+		ctx := Begin(t.Context())
+		b, _, err := s.FindCtx(ctx, "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		deadline, _, err := scs.GobCodec{}.Decode(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sends := 0
+		faults.Intercept(func(method string, req any) etcdtest.Fate {
+			if txn, ok := req.(*etcdserverpb.TxnRequest); !ok || len(txn.Compare) == 0 {
+				return etcdtest.Fate{}
+			}
+			sends++
+			switch sends {
+			case 1:
+				return etcdtest.Fate{Err: status.Error(codes.DeadlineExceeded, "the server gave up")}
+			case 2:
+				return etcdtest.Fate{Before: func() {
+					var err error
+					switch act {
+					case "overwritten twice":
+						err = errors.Join(other.Commit("a", base, deadline), other.Commit("a", base, deadline))
+					case "overwritten":
+						err = other.Commit("a", base, deadline)
+					case "deleted":
+						err = other.Delete("a")
+					}
+					if err != nil {
+						t.Error(err)
+					}
+				}}
+			}
+			return etcdtest.Fate{}
+		})
+		if err := s.CommitCtx(ctx, "a", gobSession(t, deadline, map[string]any{"n": 1}), deadline); err != nil {
+			t.Errorf("then %s: %v; the commit was applied by its first send", act, err)
+		}
+		faults.Intercept(nil)
+		if sends != 2 {
+			t.Errorf("then %s: sent %d times", act, sends)
+		}
+	}
+}
+
+// A call whose context ends while its write is in flight says that it does not know, and the write goes on to its end.
+func TestFault_CallerLeaves(t *testing.T) {
+	s, faults, _ := faultyStore(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	release := make(chan struct{})
+	failOnce(faults, 1, etcdtest.Fate{Before: func() { cancel(); <-release }})
+	err := s.CommitCtx(ctx, "a", []byte("after"), time.Now().Add(time.Hour))
+	if !errors.Is(err, ErrOutcomeUnknown) || !errors.Is(err, context.Canceled) {
+		t.Errorf("CommitCtx = %v; want ErrOutcomeUnknown for context.Canceled", err)
+	}
+	close(release)
+	etcdtest.Eventually(t, 5*time.Second, func() bool {
+		b, _, err := s.Find("a")
+		return err == nil && string(b) == "after"
+	}, "the write did not go on to its end")
+}
+
+// A call whose context ends while it waits for another of the same session is taken back: nothing happens.
+func TestFault_CallerLeavesQueue(t *testing.T) {
+	s, faults, _ := faultyStore(t)
+	held, release := make(chan struct{}), make(chan struct{})
+	failOnce(faults, 1, etcdtest.Fate{Before: func() { close(held); <-release }})
+	first := make(chan error, 1)
+	go func() { first <- s.CommitCtx(t.Context(), "a", []byte("first"), time.Now().Add(time.Hour)) }()
+	<-held
+	ctx, cancel := context.WithCancel(t.Context())
+	second := make(chan error, 1)
+	go func() { second <- s.CommitCtx(ctx, "a", []byte("second"), time.Now().Add(time.Hour)) }()
+	etcdtest.Eventually(t, 5*time.Second, func() bool {
+		s.pipeline.mu.Lock()
+		defer s.pipeline.mu.Unlock()
+		q := s.pipeline.queues[defaultPrefix+"a"]
+		return q != nil && len(q.pending) == 1
+	}, "the second commit does not wait")
+	cancel()
+	if err := <-second; !errors.Is(err, context.Canceled) || errors.Is(err, ErrOutcomeUnknown) {
+		t.Errorf("second: %v; want context.Canceled, and the outcome known", err)
+	}
+	close(release)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	wantFound(t, s, "a", "first")
+}
+
+// zombie is an etcd whose first create is delayed in the network: the answer is an error, and the request comes later.
+type zombie struct {
+	etcd
+	unfenced bool // as if creates compared no fence
+	mu       sync.Mutex
+	delayed  clientv3.Op
+	caught   bool
+}
+
+func (z *zombie) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
+	if op.IsTxn() {
+		cmps, then, otherwise := op.Txn()
+		z.mu.Lock()
+		if !z.caught && len(cmps) == 2 {
+			if z.unfenced {
+				cmps = cmps[:1]
+			}
+			z.caught, z.delayed = true, clientv3.OpTxn(cmps, then, otherwise)
+			z.mu.Unlock()
+			return clientv3.OpResponse{}, unavailableEOF
+		}
+		z.mu.Unlock()
+	}
+	return z.etcd.Do(ctx, op)
+}
+
+// The zombie create: it is delayed, sent again, applied, and the session is deleted. Then the first send arrives, and the
+// key it is to create does not exist. Without the fence, it brings the session back.
+func TestFault_ZombieCreate(t *testing.T) {
+	for name, unfenced := range map[string]bool{"without the fence": true, "fenced": false} {
+		t.Run(name, func(t *testing.T) {
+			cli := etcdtest.New(t, etcdtest.Config{}).Client(t)
+			z := &zombie{etcd: cli, unfenced: unfenced}
+			s := newStore(z, cli, defaultPrefix, nil)
+			defer mustClose(t, s)
+			if err := s.CommitCtx(Begin(t.Context()), "a", []byte("x"), time.Now().Add(time.Hour)); err != nil {
+				t.Fatal(err)
+			}
+			if !z.caught {
+				t.Fatal("no create was delayed")
+			}
+			wantFound(t, s, "a", "x")
+			if err := s.Delete("a"); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := cli.Do(t.Context(), z.delayed); err != nil {
+				t.Fatal(err)
+			}
+			if _, back, err := s.Find("a"); err != nil || back != unfenced {
+				t.Errorf("the session is back: %v, %v", back, err)
+			}
+		})
+	}
+}
+
+// The same in a real partition: the first send waits in a member that is cut off.
+func TestFault_ZombieCreateInPartition(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{Members: 3})
+	leader := c.Leader(t)
+	members := c.Integration().Members
+	cut, others := members[(leader+1)%3], []int{leader, (leader + 2) % 3}
+	cutClient := c.Client(t, etcdtest.WithMember((leader+1)%3))
+	healthy := c.Client(t, etcdtest.WithMember(others[0]))
+	via := &detour{etcd: healthy, first: cutClient}
+	s := newStore(via, healthy, defaultPrefix, nil)
+	defer mustClose(t, s)
+	mustCommit(t, s, "warm", "x", time.Hour) // a lease
+	cut.InjectPartition(t, members[others[0]], members[others[1]])
+	via.armed.Store(true)
+	if err := s.CommitCtx(Begin(t.Context()), "a", []byte("x"), time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if via.armed.Load() {
+		t.Fatal("no create went to the partitioned member")
+	}
+	if err := s.Delete("a"); err != nil {
+		t.Fatal(err)
+	}
+	cut.RecoverPartition(t, members[others[0]], members[others[1]])
+	// The member has caught up when it serves a linearizable read, after what it had in its queue.
+	etcdtest.Eventually(t, 10*time.Second, func() bool {
+		_, err := cutClient.Put(t.Context(), "after", "x")
+		return err == nil
+	}, "the partitioned member does not come back")
+	wantAbsent(t, s, "a")
+}
+
+// detour sends the first create another way.
+type detour struct {
+	etcd
+	first etcd
+	armed atomic.Bool
+}
+
+func (d *detour) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
+	if op.IsTxn() {
+		if cmps, _, _ := op.Txn(); len(cmps) == 2 && d.armed.CompareAndSwap(true, false) {
+			return d.first.Do(ctx, op)
+		}
+	}
+	return d.etcd.Do(ctx, op)
+}
+
+// counted counts what ends in an open outcome.
+type counted struct {
+	etcd
+	unknown atomic.Int64
+}
+
+func (c *counted) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
+	resp, err := c.etcd.Do(ctx, op)
+	if err != nil && classify(clientv3.ContextError(ctx, err)) == classUnknown {
+		c.unknown.Add(1)
+	}
+	return resp, err
+}
+
+// The fault run: members stop, restart, are partitioned and paused, leadership moves and connections drop, while writers
+// work on some sessions. What each call was told must agree with etcd's own history of every session, and the calls must be
+// linearizable.
+func TestFault_Run(t *testing.T) {
+	length := *soak
+	if length == 0 {
+		length = 30 * time.Second
+		if raceEnabled {
+			length = 10 * time.Second
+		}
+	}
+	run := newFaultRun(t)
+	run.chaos(t, length)
+	run.finish(t)
+	t.Logf("%d calls: %d ok, %d refused, %d unknown to their callers; %d sends with an unknown outcome",
+		len(run.calls), run.count(toldOK), run.count(toldNo), run.count(toldUnknown), run.unknown())
+	if n := run.mismatches(t, true); n != 0 {
+		t.Errorf("%d calls were told something else than what happened", n)
+	}
+	if n := run.unknown(); n < 100 && length >= 30*time.Second {
+		t.Errorf("only %d unknown outcomes: the faults do not bite", n)
+	}
+	if result := porcupine.CheckOperationsTimeout(sessionModel(), run.operations(), 2*time.Minute); result != porcupine.Ok {
+		t.Errorf("the history is not linearizable: porcupine says %s", result)
+	}
+}
+
+// The control: with the check of write ids switched off, the same run must show mismatches.
+func TestFault_RunWithoutWriteIDs(t *testing.T) {
+	run := newFaultRun(t)
+	for _, s := range run.stores {
+		s.pipeline.decode = func(kvs []*mvccpb.KeyValue, asOf int64) *version {
+			v := s.decodeVersion(kvs, asOf)
+			v.id = writeID{}
+			return v
+		}
+	}
+	for found := 0; found == 0; {
+		run.chaos(t, 5*time.Second)
+		if run.mismatches(t, false) > 0 || run.lost() {
+			found++
+		}
+		if len(run.calls) > 1_000_000 {
+			t.Fatal("a run without write ids shows no mismatch, so the check of the run checks nothing")
+		}
+	}
+	run.finish(t)
+}
+
+// told is what a call was told.
+type told int
+
+const (
+	toldOK told = iota
+	toldNo
+	toldUnknown
+)
+
+type callKind int
+
+const (
+	callFind callKind = iota
+	callCommit
+	callUpdate
+	callDelete
+)
+
+// faultCall is one call of the fault run. A commit or an update of writer w puts w -> n into the session, n being used
+// once; so no two calls change the same key, and whether a call took effect can be seen in the session's history.
+type faultCall struct {
+	kind    callKind
+	token   string
+	writer  string
+	n       int
+	read    bool // a commit: the session was there when it was read
+	state   string
+	told    told
+	call    int64
+	returns int64
+}
+
+const faultTokens, faultWriters = 60, 8
+
+type faultRun struct {
+	cluster *etcdtest.Cluster
+	admin   *clientv3.Client
+	counts  []*counted
+	stores  []*EtcdStore
+	start   time.Time
+	serial  atomic.Int64
+	mu      sync.Mutex
+	calls   []*faultCall
+	first   int64                       // the revision from which on the history counts
+	history map[string][]map[string]any // by token, nil where the session is absent
+}
+
+func newFaultRun(t *testing.T) *faultRun {
+	r := &faultRun{cluster: etcdtest.New(t, etcdtest.Config{Members: 3}), start: time.Now()}
+	r.admin = r.cluster.Client(t)
+	for range 2 {
+		cli := r.cluster.Client(t)
+		c := &counted{etcd: cli}
+		r.counts = append(r.counts, c)
+		r.stores = append(r.stores, newStore(c, cli, defaultPrefix, nil))
+	}
+	resp, err := r.admin.Get(t.Context(), "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.first = resp.Header.Revision + 1
+	return r
+}
+
+func (r *faultRun) unknown() (n int) {
+	for _, c := range r.counts {
+		n += int(c.unknown.Load())
+	}
+	return n
+}
+
+func (r *faultRun) count(what told) (n int) {
+	for _, c := range r.calls {
+		if c.told == what {
+			n++
+		}
+	}
+	return n
+}
+
+// chaos has the writers work, and the cluster suffer.
+func (r *faultRun) chaos(t *testing.T, length time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), length)
+	defer cancel()
+	var wg sync.WaitGroup
+	for w := range faultWriters {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				r.work(t.Context(), r.stores[w%len(r.stores)], fmt.Sprint("w", w))
+			}
+		})
+	}
+	members := r.cluster.Integration().Members
+	for ctx.Err() == nil {
+		pause := func() { time.Sleep(20*time.Millisecond + rand.N(60*time.Millisecond)) }
+		pause()
+		i := rand.N(3)
+		m, rest := members[i], slices.Delete(slices.Clone(members), i, i+1)
+		switch rand.N(6) {
+		case 0, 1: // often the leader
+			if rand.N(2) == 0 {
+				m = members[r.cluster.Leader(t)]
+			}
+			m.Stop(t)
+			pause()
+			if err := m.Restart(t); err != nil {
+				t.Fatal(err)
+			}
+		case 2:
+			m.InjectPartition(t, rest...)
+			pause()
+			m.RecoverPartition(t, rest...)
+		case 3:
+			m.Pause()
+			pause()
+			m.Resume()
+		case 4:
+			r.cluster.MoveLeader(t)
+		case 5:
+			m.Bridge().DropConnections()
+		}
+	}
+	r.cluster.Leader(t)
+	wg.Wait()
+	for _, s := range r.stores {
+		s.pipeline.busy.Wait() // what calls have left in flight
+	}
+	r.readHistory(t)
+}
+
+func (r *faultRun) finish(t *testing.T) {
+	for _, s := range r.stores {
+		mustClose(t, s)
+	}
+	r.readHistory(t)
+}
+
+// work is one request of a writer.
+func (r *faultRun) work(ctx context.Context, s *EtcdStore, writer string) {
+	token := fmt.Sprint("t", rand.N(faultTokens))
+	if rand.N(10) == 0 { // the client goes away
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, rand.N(10*time.Millisecond))
+		defer cancel()
+	}
+	switch what := rand.N(20); {
+	case what < 2:
+		r.record(&faultCall{kind: callDelete, token: token}, func(*faultCall) error { return s.DeleteCtx(ctx, token) })
+	case what < 5:
+		c := &faultCall{kind: callUpdate, token: token, writer: writer, n: int(r.serial.Add(1))}
+		r.record(c, func(*faultCall) error {
+			return s.Update(ctx, token, func(v map[string]any) error { v[writer] = c.n; return nil })
+		})
+	default:
+		ctx = Begin(ctx)
+		deadline, values := time.Now().Add(time.Hour).Round(0), map[string]any{}
+		find := &faultCall{kind: callFind, token: token}
+		r.record(find, func(c *faultCall) error {
+			b, ok, err := s.FindCtx(ctx, token)
+			if ok {
+				deadline, values, err = scs.GobCodec{}.Decode(b)
+				c.state = stateOf(values)
+			}
+			return err
+		})
+		if find.told != toldOK || what < 8 {
+			return
+		}
+		c := &faultCall{kind: callCommit, token: token, writer: writer, n: int(r.serial.Add(1)), read: find.state != ""}
+		values[writer] = c.n
+		r.record(c, func(*faultCall) error {
+			b, err := scs.GobCodec{}.Encode(deadline, values)
+			if err != nil {
+				return err
+			}
+			return s.CommitCtx(ctx, token, b, deadline)
+		})
+	}
+}
+
+// stateOf names what a session holds.
+func stateOf(values map[string]any) string {
+	var b strings.Builder
+	for _, key := range slices.Sorted(maps.Keys(values)) {
+		fmt.Fprintf(&b, "%s=%v ", key, values[key])
+	}
+	return b.String()
+}
+
+func (r *faultRun) record(c *faultCall, f func(*faultCall) error) {
+	c.call = int64(time.Since(r.start))
+	err := f(c)
+	c.returns = int64(time.Since(r.start))
+	switch {
+	case errors.Is(err, ErrOutcomeUnknown):
+		c.told, c.returns = toldUnknown, 1<<62
+	case err != nil:
+		c.told = toldNo
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.calls = append(r.calls, c)
+}
+
+// readHistory reads every version of every session from etcd.
+func (r *faultRun) readHistory(t *testing.T) {
+	t.Helper()
+	last, err := r.admin.Put(t.Context(), "end", "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	r.history = make(map[string][]map[string]any)
+	for resp := range r.admin.Watch(ctx, "", clientv3.WithPrefix(), clientv3.WithRev(r.first)) {
+		if err := resp.Err(); err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range resp.Events {
+			if e.Kv.ModRevision == last.Header.Revision {
+				return
+			}
+			token, ok := strings.CutPrefix(string(e.Kv.Key), defaultPrefix)
+			if !ok || !validToken(token) {
+				continue
+			}
+			var values map[string]any
+			if e.Type == clientv3.EventTypePut {
+				if _, values, err = (scs.GobCodec{}).Decode(e.Kv.Value); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r.history[token] = append(r.history[token], values)
+		}
+	}
+	t.Fatal("the watch ended")
+}
+
+// runs counts how often a call took effect: the runs of versions in which its value stands.
+func (r *faultRun) runs(c *faultCall) (n int) {
+	stands := false
+	for _, values := range r.history[c.token] {
+		was := stands
+		stands = values[c.writer] == c.n
+		if stands && !was {
+			n++
+		}
+	}
+	return n
+}
+
+// mismatches counts the calls that were told something else than what happened.
+func (r *faultRun) mismatches(t *testing.T, report bool) (n int) {
+	for _, c := range r.calls {
+		if c.kind != callCommit && c.kind != callUpdate {
+			continue
+		}
+		runs := r.runs(c)
+		agrees := runs <= 1
+		switch c.told {
+		case toldOK: // a delete may have been folded over it
+			agrees = runs == 1 || runs == 0 && r.deletedMeanwhile(c)
+		case toldNo:
+			agrees = runs == 0
+		}
+		if !agrees {
+			n++
+			if report && n <= 10 {
+				t.Logf("call %+v took effect %d times", *c, runs)
+			}
+		}
+	}
+	return n
+}
+
+func (r *faultRun) deletedMeanwhile(c *faultCall) bool {
+	return slices.ContainsFunc(r.calls, func(d *faultCall) bool {
+		return d.kind == callDelete && d.token == c.token && d.told != toldNo && d.call <= c.returns && c.call <= d.returns
+	})
+}
+
+// lost reports whether a commit was refused although it had happened, as ErrConflict with itself.
+func (r *faultRun) lost() bool {
+	return slices.ContainsFunc(r.calls, func(c *faultCall) bool { return c.told == toldNo && c.writer != "" && r.runs(c) > 0 })
+}
+
+// operations returns the calls for porcupine. What the history settles of unknown outcomes is settled.
+func (r *faultRun) operations() []porcupine.Operation {
+	var ops []porcupine.Operation
+	for _, c := range r.calls {
+		writes := c.kind == callCommit || c.kind == callUpdate
+		if c.told == toldNo || c.told == toldUnknown && (c.kind == callFind || writes && r.runs(c) == 0) {
+			continue
+		}
+		ops = append(ops, porcupine.Operation{Input: c, Call: c.call, Return: c.returns})
+	}
+	return ops
+}
+
+// sessionModel is what one session may do. Its state is what it holds, as a stateOf, empty where it is absent.
+func sessionModel() porcupine.Model {
+	model := porcupine.NondeterministicModel{
+		Partition: func(history []porcupine.Operation) [][]porcupine.Operation {
+			byToken := make(map[string][]porcupine.Operation)
+			for _, op := range history {
+				token := op.Input.(*faultCall).token
+				byToken[token] = append(byToken[token], op)
+			}
+			return slices.Collect(maps.Values(byToken))
+		},
+		Init: func() []any { return []any{""} },
+		Step: func(state, input, _ any) []any {
+			was, c := state.(string), input.(*faultCall)
+			switch {
+			case c.kind == callFind && was == c.state:
+				return []any{was}
+			case c.kind == callFind:
+				return nil
+			case c.kind == callDelete && c.told == toldUnknown:
+				return []any{was, ""}
+			case c.kind == callDelete:
+				return []any{""}
+			case was == "" && (c.kind == callUpdate || c.read):
+				return nil // there was nothing to change
+			}
+			return []any{withValue(was, c.writer, c.n)}
+		},
+	}
+	return model.ToModel()
+}
+
+// withValue returns the stateOf a session that held was, with one key set.
+func withValue(was, key string, n int) string {
+	fields := slices.DeleteFunc(strings.Fields(was), func(f string) bool { return strings.HasPrefix(f, key+"=") })
+	fields = append(fields, fmt.Sprintf("%s=%d", key, n))
+	slices.Sort(fields)
+	return strings.Join(fields, " ") + " "
+}
+
+// 64 callers see nothing of a leader change but that it takes a moment.
+func TestFault_LeaderChange(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{Members: 3})
+	s := New(c.Client(t))
+	defer mustClose(t, s)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	var calls atomic.Int64
+	for w := range 64 {
+		wg.Go(func() {
+			token := fmt.Sprint("t", w)
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				ctx := Begin(t.Context())
+				if _, _, err := s.FindCtx(ctx, token); err != nil {
+					t.Errorf("Find: %v", err)
+				}
+				if err := s.CommitCtx(ctx, token, []byte("x"), time.Now().Add(time.Hour)); err != nil {
+					t.Errorf("Commit: %v", err)
+				}
+				calls.Add(1)
+			}
+		})
+	}
+	more := func(n int64) {
+		t.Helper()
+		until := calls.Load() + n
+		etcdtest.Eventually(t, 20*time.Second, func() bool { return calls.Load() >= until }, "calls stand still")
+	}
+	more(200)
+	c.MoveLeader(t)
+	more(200)
+	leader := c.Integration().Members[c.Leader(t)]
+	leader.Stop(t)
+	more(200)
+	if err := leader.Restart(t); err != nil {
+		t.Fatal(err)
+	}
+	more(200)
+	close(stop)
+	wg.Wait()
+}
+
+// Without a quorum calls end with their time, and clearly. When it is back everything goes on by itself.
+func TestFault_NoQuorum(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{Members: 3})
+	s := New(c.Client(t), WithTimeout(700*time.Millisecond))
+	defer mustClose(t, s)
+	mustCommit(t, s, "a", "before", time.Hour)
+	members := c.Integration().Members
+	members[1].Stop(t)
+	members[2].Stop(t)
+	_, _, findErr := s.Find("a")
+	_, allErr := s.All()
+	for call, err := range map[string]error{
+		"Find": findErr, "All": allErr,
+		"Commit": s.Commit("a", []byte("after"), time.Now().Add(time.Hour)),
+		"Delete": s.Delete("b"),
+		"Update": s.Update(t.Context(), "a", func(map[string]any) error { return nil }),
+	} {
+		if !unavailable(err) {
+			t.Errorf("%s without a quorum: %v", call, err)
+		}
+	}
+	ctx := Begin(t.Context())
+	if err := s.CommitCtx(ctx, "fresh", []byte("x"), time.Now().Add(time.Hour)); !unavailable(err) {
+		t.Errorf("Commit of a new session without a quorum: %v", err)
+	}
+	for _, m := range members[1:] {
+		if err := m.Restart(t); err != nil {
+			t.Fatal(err)
+		}
+	}
+	etcdtest.Eventually(t, 20*time.Second, func() bool {
+		_, ok, err := s.Find("a")
+		return err == nil && ok && s.Commit("b", []byte("again"), time.Now().Add(time.Hour)) == nil
+	}, "calls do not recover")
+	wantFound(t, s, "b", "again")
+}
+
+// What was acknowledged is there after all members were restarted.
+func TestFault_RestartAll(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{Members: 3})
+	s := New(c.Client(t))
+	defer mustClose(t, s)
+	commitMany(t, s, 500)
+	c.RestartAll(t)
+	etcdtest.Eventually(t, 20*time.Second, func() bool {
+		all, err := s.All()
+		return err == nil && len(all) == 500
+	}, "sessions are missing")
+	mustCommit(t, s, "a", "x", time.Hour)
+}
+
+// While etcd runs out of space, what is reported as stored is stored, and what is reported as not stored is not.
+func TestFault_OutOfSpace(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{QuotaBytes: 16 << 20})
+	cli := c.Client(t)
+	s := New(cli)
+	defer mustClose(t, s)
+	mustCommit(t, s, "logout", "x", time.Hour)
+	var mu sync.Mutex
+	said := make(map[string]error)
+	var wg sync.WaitGroup
+	for w := range 16 {
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				token := fmt.Sprintf("w%di%d", w, i)
+				err := s.Commit(token, bytes.Repeat([]byte("x"), 20<<10), time.Now().Add(time.Hour))
+				mu.Lock()
+				said[token] = err
+				mu.Unlock()
+				if err != nil {
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	all, err := s.All()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for token, err := range said {
+		_, stored := all[token]
+		if err != nil && !errors.Is(err, rpctypes.ErrNoSpace) || stored != (err == nil) {
+			t.Errorf("Commit(%q) = %v; stored: %v", token, err, stored)
+		}
+	}
+	wantFound(t, s, "logout", "x")
+	if err := s.DeleteCtx(Begin(t.Context()), "logout"); err != nil {
+		t.Errorf("Delete: %v", err)
+	}
+	for token := range all { // many at a time, so in batches
+		wg.Go(func() {
+			if err := s.Delete(token); err != nil {
+				t.Errorf("Delete: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	wantAbsent(t, s, "logout")
+
+	status, err := cli.Status(t.Context(), cli.Endpoints()[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cli.Compact(t.Context(), status.Header.Revision); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cli.Defragment(t.Context(), cli.Endpoints()[0]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cli.AlarmDisarm(t.Context(), &clientv3.AlarmMember{}); err != nil {
+		t.Fatal(err)
+	}
+	mustCommit(t, s, "a", "again", time.Hour)
+	wantFound(t, s, "a", "again")
+}
