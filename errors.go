@@ -63,6 +63,7 @@ var (
 	errForeignKey = fmt.Errorf("%w: the key belongs to a store with another prefix", ErrInvalidToken)
 	errFormat     = errors.New("etcdstore: session was stored in a format that this version cannot read")
 	errAbandoned  = errors.New("etcdstore: call was abandoned")
+	errBareExpiry = errors.New("etcdstore: the expiry of a session of scs's own etcdstore is not known")
 )
 
 // class says what is known after etcd, or the way to it, answered a request with an error.

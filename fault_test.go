@@ -29,8 +29,6 @@ import (
 
 var soak = flag.Duration("soak", 0, "how long the fault run lasts (default 30s, 10s with the race detector)")
 
-const txnMethod = "/etcdserverpb.KV/Txn"
-
 // unavailableEOF is what a client sees when its member goes down in the middle of a call.
 var unavailableEOF = status.Error(codes.Unavailable, "error reading from server: EOF")
 
@@ -52,7 +50,7 @@ func faultyStore(t *testing.T, opts ...Option) (*EtcdStore, *etcdtest.Faults, *c
 // failOnce has the n-th of the next Txns that write end in a fate.
 func failOnce(f *etcdtest.Faults, n int, fate etcdtest.Fate) {
 	var mu sync.Mutex
-	f.Intercept(func(method string, req any) etcdtest.Fate {
+	f.Intercept(func(_ string, req any) etcdtest.Fate {
 		txn, ok := req.(*etcdserverpb.TxnRequest)
 		if !ok || len(txn.Compare) == 0 {
 			return etcdtest.Fate{}
@@ -207,7 +205,7 @@ func TestFault_HiddenResend(t *testing.T) {
 			t.Fatal(err)
 		}
 		sends := 0
-		faults.Intercept(func(method string, req any) etcdtest.Fate {
+		faults.Intercept(func(_ string, req any) etcdtest.Fate {
 			if txn, ok := req.(*etcdserverpb.TxnRequest); !ok || len(txn.Compare) == 0 {
 				return etcdtest.Fate{}
 			}

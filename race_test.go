@@ -506,7 +506,7 @@ func TestRace_Update(t *testing.T) {
 	if err := f.stores[0].Delete(token); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.stores[1].Update(t.Context(), token, func(v map[string]any) error { return nil }); !errors.Is(err, ErrSessionGone) {
+	if err := f.stores[1].Update(t.Context(), token, func(map[string]any) error { return nil }); !errors.Is(err, ErrSessionGone) {
 		t.Errorf("Update of a deleted session: %v", err)
 	}
 }

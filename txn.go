@@ -273,6 +273,9 @@ func (u *update) next(cur state) (*image, error) {
 	if cur.image == nil {
 		return nil, ErrSessionGone
 	}
+	if cur.image.expiry == 0 {
+		return nil, errBareExpiry
+	}
 	payload, err := cur.image.encoded()
 	if err != nil {
 		return nil, err
@@ -312,15 +315,20 @@ func (e *EtcdStore) Update(ctx context.Context, token string, fn func(values map
 		return ErrSessionGone
 	}
 	return e.call(ctx, "update", func(ctx context.Context) error {
-		read, err := e.reader.find(ctx, e.prefix+token)
-		if err != nil {
-			return err
+		for {
+			read, err := e.reader.find(ctx, e.prefix+token)
+			if err != nil {
+				return err
+			}
+			hint, err := e.withExpiry(ctx, read)
+			if err != nil {
+				return err
+			}
+			err = e.pipeline.do(ctx, &op{key: e.prefix + token, change: &update{fn: fn}, hint: hint})
+			if !errors.Is(err, errBareExpiry) {
+				return err
+			}
 		}
-		hint, err := e.withExpiry(ctx, read)
-		if err != nil {
-			return err
-		}
-		return e.pipeline.do(ctx, &op{key: e.prefix + token, change: &update{fn: fn}, hint: hint})
 	})
 }
 

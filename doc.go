@@ -1,0 +1,71 @@
+// Package etcdstore is a session store for [scs] on [etcd], for applications that run on many machines and whose
+// browsers send several requests of one session at the same time.
+//
+// # Use
+//
+// Give the session manager a store. Nothing else in the application changes:
+//
+//	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{"localhost:2379"}})
+//	...
+//	sessionManager := scs.New()
+//	sessionManager.Store = etcdstore.New(cli)
+//	sessionManager.ErrorFunc = etcdstore.ErrorFunc
+//	http.ListenAndServe(":4000", sessionManager.LoadAndSave(mux))
+//
+// # What it promises
+//
+// A request is a transaction: it reads a session, computes, and writes it.
+//
+//   - No lost update. A commit that succeeded stays until another commit changes the same key on purpose. Requests that
+//     change different keys of a session all succeed. Of requests that change the same key the first wins, and the others
+//     get [ErrConflict], or a [Resolver] decides, or [EtcdStore.Retry] runs their handlers again.
+//   - No resurrection. A commit based on a session that was deleted or has expired since writes nothing and fails with
+//     [ErrSessionGone]. Delete always wins.
+//   - Exactly once. A call says what happened. Where an answer is lost the store finds out; only where it cannot, in the
+//     time that the call has, it returns [ErrOutcomeUnknown].
+//   - Exact expiry, to the millisecond, on the clock of the application. etcd's leases collect garbage; they do not decide.
+//   - Shared leases. A commit leaves no lease behind, and a hundred sessions share one.
+//   - Isolation of prefixes. Stores with different prefixes do not see each other's sessions.
+//   - No token and no session value in an error or a log line.
+//
+// # Transactions and isolation
+//
+// A request of net/http is a transaction by itself. For everything else [Begin] makes one; outside of any, a commit
+// overwrites, as scs's contract has it. In a transaction a commit is an etcd transaction that compares the mod revision
+// that was read: optimistic concurrency control, with a three-way merge by session key where the compare fails.
+//
+// The default isolation is [Snapshot]. It permits write skew: of two requests that each read the key that the other
+// changes, both succeed. [WithIsolation] with [Serializable] makes that a conflict.
+//
+// # Conflicts
+//
+// What to do about requests that change the same key depends on what they mean:
+//
+//   - [WithResolver], where the two changes have a meaning together: a counter adds up, a set unites. No request runs twice.
+//   - [EtcdStore.Retry], where the handler must see the other's change, and its only effect is the session.
+//   - [EtcdStore.Exclusive], where the handler has effects elsewhere. One request of the session runs at a time.
+//   - [EtcdStore.Update], for jobs that are no request.
+//
+// Without any of them the second request is answered with 409, by [ErrorFunc].
+//
+// # Caveats
+//
+// RenewToken and MergeSession of scs delete a session at once and commit another at the end of the request. In between,
+// and until then, an update by another request to the old session has its place in it and goes with it: what was committed
+// after the renewing request read the session is not carried over, and what is committed after the deletion fails with
+// [ErrSessionGone]. The store cannot do better, because Destroy followed by new data looks the same to it, and must never
+// inherit from the session before.
+//
+// scs lets a handler's body follow the page that its ErrorFunc wrote. [EtcdStore.Retry] does not.
+//
+// Values that differ from themselves (a floating-point NaN) look changed on every merge, and so conflict.
+//
+// # Concurrency
+//
+// All methods may be called from several goroutines at a time. Concurrent commits travel together in one etcd transaction,
+// and commits to one session are folded into one write, so a store gets faster under load, per call. It has no goroutine
+// when it has nothing to do.
+//
+// [scs]: https://pkg.go.dev/github.com/alexedwards/scs/v2
+// [etcd]: https://etcd.io
+package etcdstore

@@ -1,0 +1,151 @@
+package etcdstore
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// snippet is what stands around a code block of the README that is no program by itself: what an application has there.
+const snippet = `package main
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"time"
+
+	"github.com/alexedwards/scs/v2"
+	"github.com/seed210be38d/etcdstore"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+)
+
+var (
+	_ = errors.Join
+	_ = time.Now
+	_ = context.Background
+	_ = http.Serve
+	_ = clientv3.New
+	_ = grpc.NewClient
+	_ = scs.New
+	_ = etcdstore.New
+)
+`
+
+// Every Go block of the README compiles: programs as they are, declarations with the imports above, and statements in a
+// function that has what they use.
+func TestReadme_CodeCompiles(t *testing.T) {
+	root, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(string(readme), -1)
+	if len(blocks) < 5 {
+		t.Fatalf("found %d Go blocks in the README", len(blocks))
+	}
+	// The module that the blocks are built in has this one's requirements, so that nothing is fetched.
+	dir := t.TempDir()
+	mod, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum, err := os.ReadFile("go.sum")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const path = "github.com/seed210be38d/etcdstore"
+	own := strings.Replace(string(mod), "module "+path, "module readme", 1) +
+		fmt.Sprintf("\nrequire %s v0.0.0\nreplace %s => %s\n", path, path, root)
+	write(t, filepath.Join(dir, "go.mod"), own)
+	write(t, filepath.Join(dir, "go.sum"), string(sum))
+	var dirs []string
+	for i, block := range blocks {
+		dirs = append(dirs, fmt.Sprintf("./block%d", i))
+		if err := os.Mkdir(filepath.Join(dir, dirs[i]), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, dirs[i], "main.go"), program(block[1]))
+	}
+	cmd := exec.Command("go", slices.Concat([]string{"build", "-mod=mod", "-o", os.DevNull}, dirs)...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false", "GOWORK=off")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+func write(t *testing.T, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// program makes a program of a code block.
+func program(block string) string {
+	switch {
+	case strings.HasPrefix(block, "package "):
+		return block
+	case strings.HasPrefix(block, "type "):
+		return snippet + block + "\nfunc main() {}\n"
+	}
+	// What the block uses is a parameter where it does not define it, and what it defines is used.
+	params := map[string]string{
+		"cli": "*clientv3.Client", "store": "*etcdstore.EtcdStore", "sessionManager": "*scs.SessionManager",
+		"mux": "*http.ServeMux", "ctx": "context.Context", "token": "string", "bannedUser": "int", "endpoints": "[]string",
+		"payHandler": "http.Handler", "metrics": "grpc.UnaryClientInterceptor",
+	}
+	defined := regexp.MustCompile(`(?m)^(\w+(?:, \w+)*) :=`).FindAllStringSubmatch(block, -1)
+	var uses strings.Builder
+	for _, d := range defined {
+		for name := range strings.SplitSeq(d[1], ", ") {
+			delete(params, name)
+			fmt.Fprintf(&uses, "\t_ = %s\n", name)
+		}
+	}
+	var list []string
+	for name, typ := range params {
+		list = append(list, name+" "+typ)
+	}
+	return snippet + "\nfunc block(" + strings.Join(list, ", ") + ") {\n" + block + uses.String() + "}\n\nfunc main() {}\n"
+}
+
+// The links of the README to files lead somewhere, and the tests that it names exist.
+func TestReadme_Links(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, link := range regexp.MustCompile(`\]\(([^)#:]+)\)`).FindAllStringSubmatch(string(readme), -1) {
+		if _, err := os.Stat(link[1]); err != nil {
+			t.Errorf("dead link: %s", link[1])
+		}
+	}
+	files, err := filepath.Glob("*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tests strings.Builder
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tests.Write(b)
+	}
+	for _, name := range regexp.MustCompile(`\bTest[A-Z]\w+_\w+`).FindAllString(string(readme), -1) {
+		if !strings.Contains(tests.String(), "func "+name+"(") {
+			t.Errorf("there is no test %s", name)
+		}
+	}
+}
