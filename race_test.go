@@ -510,3 +510,111 @@ func TestRace_Update(t *testing.T) {
 		t.Errorf("Update of a deleted session: %v", err)
 	}
 }
+
+// What becomes of an update by another request while a token is renewed, case by case. RenewToken deletes the old session
+// at once and commits the new one at the end.
+func TestRenewToken_OtherRequests(t *testing.T) {
+	s, _ := newTestStore(t)
+	sm := newManager(s)
+	load := func(token string) context.Context {
+		t.Helper()
+		ctx, err := sm.Load(Begin(t.Context()), token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ctx
+	}
+	commit := func(ctx context.Context) (string, error) {
+		token, _, err := sm.Commit(ctx)
+		return token, err
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, destroy := range []bool{false, true} {
+		first := load("")
+		sm.Put(first, "user", "alice")
+		old, err := commit(first)
+		must(err)
+
+		early := load(old)
+		sm.Put(early, "early", 1)
+		_, err = commit(early)
+		must(err)
+
+		renewing, between, late := load(old), load(old), load(old)
+		sm.Put(between, "between", 1)
+		_, err = commit(between)
+		must(err)
+		if destroy {
+			must(sm.Destroy(renewing))
+			sm.Put(renewing, "user", "bob")
+		} else {
+			must(sm.RenewToken(renewing))
+		}
+		wantAbsent(t, s, old)
+		sm.Put(late, "late", 1)
+		if _, err := commit(late); !errors.Is(err, ErrSessionGone) {
+			t.Errorf("a commit to the old session after its deletion: %v; want ErrSessionGone", err)
+		}
+		renewed, err := commit(renewing)
+		must(err)
+		if _, err := commit(late); !errors.Is(err, ErrSessionGone) {
+			t.Errorf("a commit to the old session after the renewal: %v; want ErrSessionGone", err)
+		}
+		want := map[string]any{"user": "alice", "early": 1} // 'between' went with the old session
+		if destroy {
+			want = map[string]any{"user": "bob"}
+		}
+		wantValues(t, s, renewed, want)
+		wantAbsent(t, s, old)
+	}
+}
+
+// MergeSession takes over what it has read of the second session, and deletes that.
+func TestMergeSession_OtherRequests(t *testing.T) {
+	s, _ := newTestStore(t)
+	sm := newManager(s)
+	session := func(values ...string) string {
+		t.Helper()
+		ctx, err := sm.Load(Begin(t.Context()), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, v := range values {
+			sm.Put(ctx, v, 1)
+		}
+		token, _, err := sm.Commit(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return token
+	}
+	one, two := session("one"), session("two")
+	merging, err := sm.Load(Begin(t.Context()), one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	late, err := sm.Load(Begin(t.Context()), two)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sm.MergeSession(merging, two); err != nil {
+		t.Fatal(err)
+	}
+	sm.Put(late, "late", 1)
+	if _, _, err := sm.Commit(late); !errors.Is(err, ErrSessionGone) {
+		t.Errorf("a commit to the merged session: %v; want ErrSessionGone", err)
+	}
+	if err := s.Update(t.Context(), one, func(v map[string]any) error { v["meanwhile"] = 1; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := sm.Commit(merging); err != nil {
+		t.Fatal(err)
+	}
+	wantValues(t, s, one, map[string]any{"one": 1, "two": 1, "meanwhile": 1})
+	wantAbsent(t, s, two)
+}
