@@ -21,8 +21,9 @@ type Conflict struct {
 	Theirs any // what the session holds by now
 }
 
-// A Resolver decides a conflict: the value that it returns is stored, nil removes the key, and an error fails
-// the commit as it is. It must not change the values that it is given, nor call the store or the session
+// A Resolver decides a conflict: the value that it returns is stored, nil removes the key (also where a codec such
+// as JSON knows a null), and an error fails the commit as it is. It is not asked under Serializable, where the changes
+// of others are conflicts as such. It must not change the values that it is given, nor call the store or the session
 // manager; it is called from several goroutines at a time, and again when the commit is tried again.
 type Resolver func(Conflict) (value any, err error)
 
@@ -36,6 +37,7 @@ func KeepTheirs(c Conflict) (any, error) { return c.Theirs, nil }
 type contents struct {
 	deadline time.Time
 	values   map[string]any
+	raw      bool // some values come from the application's code, not from the codec
 }
 
 // same reports whether c and o hold the same values and deadline.
@@ -114,7 +116,10 @@ func (m merger) merge(base, ours, theirs *contents) (*contents, error) {
 		}
 		clashes = append(clashes, clash{
 			Conflict{Key: key, Base: b.v, Ours: o.v, Theirs: t.v},
-			func(v any) bool { merged.set(key, value{v, v != nil}); return true },
+			func(v any) bool {
+				merged.set(key, value{v, v != nil})
+				return true
+			},
 		})
 	}
 	switch {
@@ -130,7 +135,7 @@ func (m merger) merge(base, ours, theirs *contents) (*contents, error) {
 			func(v any) (ok bool) { merged.deadline, ok = v.(time.Time); return ok },
 		})
 	}
-	return merged, m.resolve(clashes)
+	return merged, m.resolve(clashes, merged)
 }
 
 // clash is a conflict and where its resolution goes. A session cannot be without a deadline, so that one
@@ -141,7 +146,7 @@ type clash struct {
 }
 
 // resolve lets the resolver decide the clashes.
-func (m merger) resolve(clashes []clash) error {
+func (m merger) resolve(clashes []clash, merged *contents) error {
 	var undecided []string
 	for _, c := range clashes {
 		if m.resolver == nil {
@@ -152,6 +157,7 @@ func (m merger) resolve(clashes []clash) error {
 		if err != nil {
 			return applicationError{err}
 		}
+		merged.raw = true
 		if !c.settle(v) {
 			undecided = append(undecided, c.Key)
 		}

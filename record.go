@@ -131,7 +131,7 @@ func (m millis) plus(d time.Duration) millis {
 	return sum
 }
 
-// until returns the time from now to m, saturating at the longest duration.
+// since returns the time from earlier to m: none if m is not later, and the longest duration if it is farther off.
 func (m millis) since(earlier millis) time.Duration {
 	const most = millis(math.MaxInt64 / int64(time.Millisecond))
 	if d := m - earlier; d >= 0 && d < most {

@@ -15,46 +15,54 @@ type image struct {
 	codec  scs.Codec
 	expiry millis // 0: not known (a session of scs's own etcdstore, whose lease knows)
 
-	decode   sync.Once
-	contents *contents
-	encode   sync.Once
-	payload  []byte
-	err      error // of decode or encode: an image is made from one form, so it needs only the other
+	decode    sync.Once
+	contents  *contents
+	decodeErr error
+	encode    sync.Once
+	payload   []byte
+	encodeErr error
 }
 
+// imageOf returns the image of a payload.
 func imageOf(codec scs.Codec, payload []byte, expiry millis) *image {
-	return &image{codec: codec, expiry: expiry, payload: payload}
+	i := &image{codec: codec, expiry: expiry, payload: payload}
+	i.encode.Do(func() {})
+	return i
 }
 
-func imageWith(codec scs.Codec, c *contents, expiry millis) *image {
-	return &image{codec: codec, expiry: expiry, contents: c}
+// imageWith returns the image of contents. They are encoded when the image is stored, if it is, except where the
+// application's code made some of the values: then at once, so that the image holds what a reader of it would find, and
+// shares nothing with that code.
+func imageWith(codec scs.Codec, c *contents, expiry millis) (*image, error) {
+	i := &image{codec: codec, expiry: expiry, contents: c}
+	if !c.raw {
+		i.decode.Do(func() {})
+		return i, nil
+	}
+	payload, err := i.encoded()
+	if err != nil {
+		return nil, err
+	}
+	return imageOf(codec, payload, expiry), nil
 }
 
 // decoded returns the image's values and deadline.
 func (i *image) decoded() (*contents, error) {
 	i.decode.Do(func() {
-		if i.contents != nil {
-			return
-		}
+		i.decodeErr = errCodec // stays if the codec panics
 		deadline, values, err := i.codec.Decode(i.payload)
-		if err != nil {
-			i.err = err
-			return
-		}
-		i.contents = &contents{deadline: deadline, values: values}
+		i.contents, i.decodeErr = &contents{deadline: deadline, values: values}, err
 	})
-	return i.contents, i.err
+	return i.contents, i.decodeErr
 }
 
 // encoded returns the image's payload.
 func (i *image) encoded() ([]byte, error) {
 	i.encode.Do(func() {
-		if i.payload != nil || i.contents == nil {
-			return
-		}
-		i.payload, i.err = i.codec.Encode(i.contents.deadline, i.contents.values)
+		i.encodeErr = errCodec
+		i.payload, i.encodeErr = i.codec.Encode(i.contents.deadline, i.contents.values)
 	})
-	return i.payload, i.err
+	return i.payload, i.encodeErr
 }
 
 // sameContents reports whether i and o hold the same values and deadline, as far as they decode.

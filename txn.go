@@ -31,9 +31,9 @@ type readKey struct {
 
 // read is what a request believes about a session.
 type read struct {
-	image   *image // nil: absent
-	rev     int64  // the mod revision at which etcd holds exactly image; 0: none does, because it was merged
-	version *version
+	image   *image   // nil: absent
+	rev     int64    // the mod revision at which etcd holds exactly image; 0: none does, because it was merged
+	version *version // what etcd holds, as far as it is known
 }
 
 // contextKey is the key of a context's transaction.
@@ -218,24 +218,27 @@ func (c *commit) merged(theirs *image) (*image, error) {
 	if err != nil {
 		return nil, err
 	}
-	expiry := c.expiry(b, o, t, theirs.expiry)
+	expiry := c.expiry(b, o, t, m, theirs.expiry)
 	if m == t && (expiry == theirs.expiry || c.withinTouch(theirs.expiry, expiry)) {
 		return theirs, nil
 	}
-	return imageWith(c.ours.codec, m, expiry), nil
+	return imageWith(c.ours.codec, m, expiry)
 }
 
-// expiry merges the expiry: the side that changed the deadline decides, else the later one holds.
-func (c *commit) expiry(base, ours, theirs *contents, theirExpiry millis) millis {
-	weMoved := base != nil && !ours.deadline.Equal(base.deadline)
-	theyMoved := base != nil && !theirs.deadline.Equal(base.deadline)
+// expiry merges the expiry: the side that changed the deadline decides, else the later one holds. Where both changed it,
+// a resolver has decided about the deadline, and the expiry follows.
+func (c *commit) expiry(base, ours, theirs, merged *contents, theirExpiry millis) millis {
+	moved := base != nil && !merged.deadline.Equal(base.deadline)
+	later := max(c.ours.expiry, theirExpiry)
 	switch {
-	case weMoved && !theyMoved:
+	case !moved || theirExpiry == 0, ours.deadline.Equal(theirs.deadline):
+		return later
+	case merged.deadline.Equal(ours.deadline):
 		return c.ours.expiry
-	case theyMoved && !weMoved && theirExpiry != 0:
+	case merged.deadline.Equal(theirs.deadline):
 		return theirExpiry
 	}
-	return max(c.ours.expiry, theirExpiry)
+	return min(later, toMillis(merged.deadline))
 }
 
 // withinTouch reports whether moving the expiry need not be written.
@@ -247,7 +250,7 @@ func (c *commit) withinTouch(from, to millis) bool {
 // the touch interval.
 func (c *commit) idle() bool {
 	return c.touch > 0 && c.base != nil && c.base.image != nil &&
-		c.withinTouch(c.base.image.expiry, c.ours.expiry) && c.base.image.sameContents(c.ours)
+		c.withinTouch(c.base.version.image.expiry, c.ours.expiry) && c.base.image.sameContents(c.ours)
 }
 
 // prepare decodes: the session has company, so a merge is likely.
@@ -294,11 +297,11 @@ func (u *update) next(cur state) (*image, error) {
 	if err != nil {
 		return nil, err
 	}
-	after := &contents{deadline: deadline, values: values}
+	after := &contents{deadline: deadline, values: values, raw: true}
 	if after.same(before) {
 		return cur.image, nil
 	}
-	return imageWith(cur.image.codec, after, cur.image.expiry), nil
+	return imageWith(cur.image.codec, after, cur.image.expiry)
 }
 
 func (*update) prepare() {}

@@ -1,0 +1,165 @@
+package etcdstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+func BenchmarkRecord_Encode(b *testing.B) {
+	for _, size := range []int{256, 4 << 10, 64 << 10} {
+		b.Run(fmt.Sprintf("bytes=%d", size), func(b *testing.B) {
+			r := record{payload: make([]byte, size), prefixLen: 12, expiry: 1, leaseEnd: 2, id: newWriteID()}
+			b.ReportAllocs()
+			b.SetBytes(int64(size))
+			for b.Loop() {
+				r.encode()
+			}
+		})
+	}
+}
+
+func BenchmarkRecord_Decode(b *testing.B) {
+	for _, size := range []int{256, 4 << 10, 64 << 10} {
+		b.Run(fmt.Sprintf("bytes=%d", size), func(b *testing.B) {
+			r := record{payload: make([]byte, size), prefixLen: 12, expiry: 1, leaseEnd: 2, id: newWriteID()}
+			value := r.encode()
+			b.ReportAllocs()
+			b.SetBytes(int64(size))
+			for b.Loop() {
+				if _, kind := decodeRecord(value); kind != kindRecord {
+					b.Fatal("no record")
+				}
+			}
+		})
+	}
+}
+
+// tenKeys returns contents of ten keys, as a session of a shop may have them, some of them changed.
+func tenKeys(changed ...string) *contents {
+	c := with()
+	for i := range 10 {
+		if key := fmt.Sprint("key", i); i%2 == 0 {
+			c.values[key] = i
+		} else {
+			c.values[key] = "some text, " + key
+		}
+	}
+	for _, key := range changed {
+		c.values[key] = "changed"
+	}
+	return c
+}
+
+func BenchmarkMerger_Merge(b *testing.B) {
+	base, ours, theirs := tenKeys(), tenKeys("key1"), tenKeys("key2")
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := (merger{}).merge(base, ours, theirs); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// A step of a fold: the base and what the commit wants are decoded already, and so is what the fold has made so far.
+func BenchmarkCommit_Next(b *testing.B) {
+	base, current := gobImage(b, tenKeys(), 1000), gobImage(b, tenKeys("key2"), 1000)
+	c := &commit{base: &read{image: base, rev: 5}, ours: gobImage(b, tenKeys("key1"), 1000)}
+	for _, i := range []*image{base, current, c.ours} {
+		if _, err := i.decoded(); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := c.next(state{image: current}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// yes is an etcd that does nothing and says that every Txn succeeded.
+type yes struct{ revision atomic.Int64 }
+
+func (y *yes) Do(_ context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
+	header := &etcdserverpb.ResponseHeader{Revision: y.revision.Add(1)}
+	if !op.IsTxn() {
+		return (&clientv3.PutResponse{Header: header}).OpResponse(), nil // of a lease's key
+	}
+	_, then, _ := op.Txn()
+	responses := make([]*etcdserverpb.ResponseOp, len(then))
+	for i, nested := range then {
+		responses[i] = &etcdserverpb.ResponseOp{}
+		if nested.IsTxn() {
+			responses[i].Response = &etcdserverpb.ResponseOp_ResponseTxn{ResponseTxn: &etcdserverpb.TxnResponse{Succeeded: true}}
+		}
+	}
+	return (&clientv3.TxnResponse{Header: header, Succeeded: true, Responses: responses}).OpResponse(), nil
+}
+
+func (y *yes) Grant(context.Context, int64) (*clientv3.LeaseGrantResponse, error) {
+	id := y.revision.Add(1)
+	return &clientv3.LeaseGrantResponse{ID: clientv3.LeaseID(id), ResponseHeader: &etcdserverpb.ResponseHeader{Revision: id}}, nil
+}
+
+func (*yes) Revoke(context.Context, clientv3.LeaseID) (*clientv3.LeaseRevokeResponse, error) {
+	return &clientv3.LeaseRevokeResponse{}, nil
+}
+
+func (*yes) TimeToLive(context.Context, clientv3.LeaseID, ...clientv3.LeaseOption) (*clientv3.LeaseTimeToLiveResponse, error) {
+	return &clientv3.LeaseTimeToLiveResponse{}, nil
+}
+
+// What the queue costs by itself: without etcd, without the network, and with commits that overwrite.
+func BenchmarkPipeline_Do(b *testing.B) {
+	for _, callers := range []int{1, 64} {
+		for _, sessions := range []int{1, 64} {
+			b.Run(fmt.Sprintf("callers=%d/sessions=%d", callers, sessions), func(b *testing.B) {
+				store := newStore(&yes{}, nil, defaultPrefix, nil)
+				defer func() { _ = store.Close() }()
+				ctx, cancel := context.WithTimeout(b.Context(), time.Hour)
+				defer cancel()
+				ours := gobImage(b, tenKeys(), toMillis(time.Now().Add(time.Hour)))
+				var next atomic.Int64
+				b.ReportAllocs()
+				b.ResetTimer()
+				err := inParallel(callers, b.N, func() error {
+					key := fmt.Sprint(defaultPrefix, next.Add(1)%int64(sessions))
+					return store.pipeline.do(ctx, &op{key: key, change: &commit{ours: ours}})
+				})
+				if err != nil {
+					b.Fatal(err)
+				}
+			})
+		}
+	}
+}
+
+// inParallel calls f n times, from as many goroutines as there are callers, each until its first error.
+func inParallel(callers, n int, f func() error) error {
+	errs := make(chan error, callers)
+	var left atomic.Int64
+	left.Store(int64(n))
+	for range callers {
+		go func() {
+			for left.Add(-1) >= 0 {
+				if err := f(); err != nil {
+					errs <- err
+					return
+				}
+			}
+			errs <- nil
+		}()
+	}
+	var all []error
+	for range callers {
+		all = append(all, <-errs)
+	}
+	return errors.Join(all...)
+}
