@@ -116,6 +116,10 @@ func (*yes) TimeToLive(context.Context, clientv3.LeaseID, ...clientv3.LeaseOptio
 	return &clientv3.LeaseTimeToLiveResponse{}, nil
 }
 
+func (*yes) AuthStatus(context.Context) (*clientv3.AuthStatusResponse, error) {
+	return &clientv3.AuthStatusResponse{}, nil
+}
+
 // What the queue costs by itself: without etcd, without the network, and with commits that overwrite.
 func BenchmarkPipeline_Do(b *testing.B) {
 	for _, callers := range []int{1, 64} {
@@ -131,7 +135,7 @@ func BenchmarkPipeline_Do(b *testing.B) {
 				b.ResetTimer()
 				err := inParallel(callers, b.N, func() error {
 					key := fmt.Sprint(defaultPrefix, next.Add(1)%int64(sessions))
-					return store.pipeline.do(ctx, &op{key: key, change: &commit{ours: ours}})
+					return store.pipeline.do(ctx, time.Now().Add(time.Minute), &op{key: key, change: &commit{ours: ours}})
 				})
 				if err != nil {
 					b.Fatal(err)

@@ -21,6 +21,7 @@ type etcd interface {
 	Grant(ctx context.Context, ttl int64) (*clientv3.LeaseGrantResponse, error)
 	Revoke(ctx context.Context, id clientv3.LeaseID) (*clientv3.LeaseRevokeResponse, error)
 	TimeToLive(ctx context.Context, id clientv3.LeaseID, opts ...clientv3.LeaseOption) (*clientv3.LeaseTimeToLiveResponse, error)
+	AuthStatus(ctx context.Context) (*clientv3.AuthStatusResponse, error)
 }
 
 // maxBatchKeys is how many sessions a batch takes. etcd allows 128 operations in a Txn: the outer list plus the
@@ -95,7 +96,7 @@ func retry(ctx context.Context, try func(ctx context.Context) error) error {
 type backoff struct{ attempts int }
 
 // timeout bounds the attempt that comes next.
-func (b *backoff) timeout() time.Duration { return attemptTimeout << min(b.attempts, 2) }
+func (b *backoff) timeout() time.Duration { return attemptTimeout << min(b.attempts/3, 2) }
 
 // wait waits until the next attempt is due. It reports false when ctx ended before.
 func (b *backoff) wait(ctx context.Context) bool {

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -51,6 +52,10 @@ type leasePool struct {
 	prefix string // of the leases' keys
 	now    func() millis
 	detach func(func()) // runs in a goroutine that Close waits for
+
+	// unchecked says that authentication is off, as of the latest grant: then a Put that names its key's lease is
+	// cheaper than one with WithIgnoreLease, for which etcd reads the key twice more (server/etcdserver/txn/put.go).
+	unchecked atomic.Bool
 
 	mu     sync.Mutex
 	open   []*lease
@@ -109,6 +114,14 @@ func (p *leasePool) attach(e millis) (seat, bool) {
 		p.grantFor(e, now)
 	}
 	return seat{l, l.fence}, true
+}
+
+// keep returns the option that leaves a key, which is at a known revision, on its lease.
+func (p *leasePool) keep(id clientv3.LeaseID) clientv3.OpOption {
+	if p.unchecked.Load() {
+		return clientv3.WithLease(id) // which exists if the revision is as known, or the key had gone with it
+	}
+	return clientv3.WithIgnoreLease()
 }
 
 // fitting returns the oldest lease that a session may attach to, and how many seats such leases have.
@@ -188,6 +201,7 @@ func (p *leasePool) grantFor(e, now millis) *grant {
 		p.grant, g.err = nil, err
 		p.mu.Unlock()
 		close(g.done)
+		p.askAuth()
 		p.sweep(leaseSweeps)
 	})
 	return g
@@ -220,6 +234,14 @@ func (p *leasePool) newLease(now millis, left time.Duration, until millis) (*lea
 		return nil, err
 	}
 	return l, nil
+}
+
+// askAuth finds out whether authentication is on. What cannot be found out counts as on.
+func (p *leasePool) askAuth() {
+	ctx, cancel := context.WithTimeout(context.Background(), attemptTimeout)
+	defer cancel()
+	resp, err := p.conn.AuthStatus(ctx)
+	p.unchecked.Store(err == nil && !resp.Enabled)
 }
 
 // putKey puts the lease's key, which moves the fence.

@@ -64,6 +64,7 @@ func TestLease_OneSessionManyCommits(t *testing.T) {
 	defer mustClose(t, s)
 	ctx := Begin(t.Context())
 	mustCommit(t, s, "a", "x", 20*time.Minute)
+	etcdtest.Eventually(t, 5*time.Second, s.leases.unchecked.Load, "without authentication, the store does not find that out")
 	if _, ok, err := s.FindCtx(ctx, "a"); !ok || err != nil {
 		t.Fatal(ok, err)
 	}
@@ -248,6 +249,9 @@ func TestLease_RBAC(t *testing.T) {
 	s := New(cli)
 	commitMany(t, s, 250)
 	conflict(t, s)
+	if s.leases.unchecked.Load() {
+		t.Error("with authentication on, a Put must not name the lease that its key stays on")
+	}
 	all, err := s.All()
 	if err != nil || len(all) != 251 {
 		t.Errorf("All = %d sessions, %v", len(all), err)

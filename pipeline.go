@@ -131,11 +131,11 @@ func newPipeline(c *conn, leases *leasePool, prefix string, now func() millis, d
 	return p
 }
 
-// do runs a transition and returns what came of it. ctx must have a deadline. If ctx ends first, the error is
-// ErrOutcomeUnknown where the transition may have reached etcd, and it goes on to its end within its deadline;
-// else it will not take effect.
-func (p *pipeline) do(ctx context.Context, o *op) error {
-	o.deadline, _ = ctx.Deadline()
+// do runs a transition and returns what came of it. It ends by the deadline, or when ctx does: then the error is
+// ErrOutcomeUnknown where the transition may have reached etcd, and it goes on to its end within its deadline; else it will
+// not take effect.
+func (p *pipeline) do(ctx context.Context, deadline time.Time, o *op) error {
+	o.deadline = deadline
 	o.done = make(chan struct{})
 	p.mu.Lock()
 	q := p.queues[o.key]
@@ -296,7 +296,8 @@ type attempt struct {
 
 	record  record
 	value   string
-	seat    seat // on the lease that the Put names; zero where it keeps the key's lease, or there is no Put
+	seat    seat // a new one, on the lease that the Put names; zero where it keeps the key's lease, or there is no Put
+	keep    clientv3.OpOption
 	guard   *guard
 	since   int64     // etcd's revision before the first send: a version up to it is not this attempt's
 	unknown bool      // the outcome of a send is unknown
@@ -349,6 +350,7 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 		if a.base.lease != 0 && leased(a.final.expiry, now) <= a.base.until {
 			a.record.leaseEnd = a.base.until
 			a.value = string(a.record.encode())
+			a.keep = p.leases.keep(a.base.lease)
 		}
 	case a.final == nil && a.base.rev != 0 && a.base.err != errForeignKey: //nolint:errorlint // never wrapped here
 		a.kind = writeDelete
@@ -462,7 +464,7 @@ func (a *attempt) txn() (cmps []clientv3.Cmp, then, otherwise []clientv3.Op) {
 	case a.kind == writeDelete:
 		then = append(then, clientv3.OpDelete(key))
 	case a.kind == writePut && a.seat.lease == nil:
-		then = append(then, clientv3.OpPut(key, a.value, clientv3.WithIgnoreLease()))
+		then = append(then, clientv3.OpPut(key, a.value, a.keep))
 	case a.kind == writePut:
 		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(a.seat.key), "=", a.seat.fence))
 		then = append(then, clientv3.OpPut(key, a.value, clientv3.WithLease(a.seat.id)))

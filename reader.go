@@ -45,9 +45,8 @@ func newReader(c *conn, decode func([]*mvccpb.KeyValue, int64) *version) *reader
 	return r
 }
 
-// find returns what etcd holds under key. ctx must have a deadline.
-func (r *reader) find(ctx context.Context, key string) (*version, error) {
-	deadline, _ := ctx.Deadline()
+// find returns what etcd holds under key. It ends by the deadline, or when ctx does.
+func (r *reader) find(ctx context.Context, deadline time.Time, key string) (*version, error) {
 	r.mu.Lock()
 	f := r.waiting[key]
 	if f == nil {

@@ -11,19 +11,33 @@ import (
 // send sends attempts in one request, again and again until each is settled: it has happened, it is folded again,
 // or it has failed.
 func (p *pipeline) send(batch []*attempt) {
+	var last error
 	batch = p.begin(batch)
-	for b := (backoff{}); len(batch) > 0; {
-		resp, err := p.request(batch, b.timeout())
+	for b := (backoff{}); ; {
+		if batch = p.expire(batch, last); len(batch) == 0 {
+			return
+		}
+		resp, err := p.request(batch, min(b.timeout(), remaining(batch)))
 		if err == nil {
 			batch = p.settle(batch, resp)
 			continue
 		}
-		batch = p.refused(batch, err)
-		if len(batch) > 0 {
+		last = err
+		if batch = p.refused(batch, err); len(batch) > 0 {
 			b.wait(context.Background())
-			batch = p.expire(batch, err)
 		}
 	}
+}
+
+// remaining returns the time that a batch has left, until its last caller's is up.
+func remaining(batch []*attempt) time.Duration {
+	last := batch[0].until
+	for _, a := range batch[1:] {
+		if a.until.After(last) {
+			last = a.until
+		}
+	}
+	return time.Until(last)
 }
 
 // begin marks attempts as sent, from where on their callers can no longer be told that nothing happened. Attempts

@@ -86,12 +86,12 @@ func (e *EtcdStore) Find(token string) (b []byte, exists bool, err error) {
 // FindCtx returns the data of the session with this token, as it was at some moment of the call. A token that no
 // session has, or only one that has expired, and a token that no session can have, give false and no error.
 func (e *EtcdStore) FindCtx(ctx context.Context, token string) (b []byte, exists bool, err error) {
-	err = e.call(ctx, "find", func(bounded context.Context) error {
+	err = e.call(ctx, "find", func(deadline time.Time) error {
 		if !validToken(token) {
 			return nil
 		}
 		t := e.transactionOf(ctx)
-		v, err := e.reader.find(bounded, e.prefix+token)
+		v, err := e.reader.find(ctx, deadline, e.prefix+token)
 		switch {
 		case err != nil:
 			return err
@@ -122,7 +122,7 @@ func (e *EtcdStore) Commit(token string, b []byte, expiry time.Time) error {
 // Other errors are ErrInvalidToken, ErrTooLarge, ErrClosed, and ErrOutcomeUnknown where the context or the time-out ends
 // the call after the commit was sent. After every other error nothing was written.
 func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expiry time.Time) error {
-	return e.call(ctx, "commit", func(bounded context.Context) error {
+	return e.call(ctx, "commit", func(deadline time.Time) error {
 		if !validToken(token) {
 			return ErrInvalidToken
 		}
@@ -138,7 +138,7 @@ func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expir
 		}
 		switch {
 		case t == nil: // it overwrites; what it overwrites is read first, as a failed guess costs more than a read
-			v, err := e.reader.find(bounded, o.key)
+			v, err := e.reader.find(ctx, deadline, o.key)
 			if err != nil {
 				return err
 			}
@@ -148,7 +148,7 @@ func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expir
 		default:
 			o.guard = t.guard
 		}
-		if err := e.pipeline.do(bounded, o); err != nil {
+		if err := e.pipeline.do(ctx, deadline, o); err != nil {
 			t.lose(k, err)
 			return err
 		}
@@ -169,7 +169,7 @@ func (e *EtcdStore) Delete(token string) error {
 // DeleteCtx deletes a session, whatever others make of it meanwhile: requests that read it before cannot commit it any
 // more. Deleting what is not there succeeds.
 func (e *EtcdStore) DeleteCtx(ctx context.Context, token string) error {
-	return e.call(ctx, "delete", func(bounded context.Context) error {
+	return e.call(ctx, "delete", func(deadline time.Time) error {
 		if !validToken(token) {
 			return nil
 		}
@@ -177,12 +177,12 @@ func (e *EtcdStore) DeleteCtx(ctx context.Context, token string) error {
 		o := &op{key: e.prefix + token, change: remove{}}
 		if r, ok := t.read(k); ok {
 			o.hint = r.version
-		} else if v, err := e.reader.find(bounded, o.key); err != nil {
+		} else if v, err := e.reader.find(ctx, deadline, o.key); err != nil {
 			return err
 		} else if o.hint = v; v.rev == 0 {
 			return nil
 		}
-		if err := e.pipeline.do(bounded, o); err != nil {
+		if err := e.pipeline.do(ctx, deadline, o); err != nil {
 			return err
 		}
 		t.wrote(k, read{})
@@ -199,7 +199,9 @@ func (e *EtcdStore) All() (map[string][]byte, error) {
 // holds all of them in memory.
 func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 	var all map[string][]byte
-	err := e.call(ctx, "list", func(bounded context.Context) error {
+	err := e.call(ctx, "list", func(deadline time.Time) error {
+		bounded, cancel := context.WithDeadline(ctx, deadline)
+		defer cancel()
 		t := e.transactionOf(ctx)
 		for {
 			versions, err := e.list(bounded)
@@ -255,18 +257,22 @@ func (e *EtcdStore) list(ctx context.Context) (map[string]*version, error) {
 	}
 }
 
-// call runs one call of the API: bounded in time, counted for Close, and with errors that say what failed.
-func (e *EtcdStore) call(ctx context.Context, name string, f func(bounded context.Context) error) error {
+// call runs one call of the API: counted for Close, and with errors that say what failed. It passes the time at which the
+// call must end. That is no context of its own, since the batches that carry calls end in time by themselves, and a timer
+// for each call costs a good part of a find.
+func (e *EtcdStore) call(ctx context.Context, name string, f func(deadline time.Time) error) error {
 	if !e.enter() {
 		return ErrClosed
 	}
 	defer e.calls.Done()
-	bounded, cancel := context.WithTimeout(ctx, e.timeout)
-	defer cancel()
-	if err := bounded.Err(); err != nil {
+	if err := ctx.Err(); err != nil {
 		return callError(name, err)
 	}
-	return callError(name, f(bounded))
+	deadline := time.Now().Add(e.timeout)
+	if earlier, ok := ctx.Deadline(); ok && earlier.Before(deadline) {
+		deadline = earlier
+	}
+	return callError(name, f(deadline))
 }
 
 // enter counts a call, unless the store is closed.

@@ -542,7 +542,7 @@ func TestStore_WritesAreComparedTxns(t *testing.T) {
 	if put := writes[0].Success[0].GetRequestPut(); put == nil || put.Lease == 0 {
 		t.Errorf("the create does not attach a lease: %v", writes[0].Success)
 	}
-	if put := writes[1].Success[0].GetRequestPut(); put == nil || !put.IgnoreLease {
+	if put := writes[1].Success[0].GetRequestPut(); put == nil || !put.IgnoreLease && put.Lease != writes[0].Success[0].GetRequestPut().Lease {
 		t.Errorf("the update does not keep the lease: %v", writes[1].Success)
 	}
 	if writes[2].Success[0].GetRequestDeleteRange() == nil {

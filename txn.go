@@ -317,17 +317,17 @@ func (e *EtcdStore) Update(ctx context.Context, token string, fn func(values map
 	if !validToken(token) {
 		return ErrSessionGone
 	}
-	return e.call(ctx, "update", func(ctx context.Context) error {
+	return e.call(ctx, "update", func(deadline time.Time) error {
 		for {
-			read, err := e.reader.find(ctx, e.prefix+token)
+			read, err := e.reader.find(ctx, deadline, e.prefix+token)
 			if err != nil {
 				return err
 			}
-			hint, err := e.withExpiry(ctx, read)
+			hint, err := e.withExpiry(ctx, deadline, read)
 			if err != nil {
 				return err
 			}
-			err = e.pipeline.do(ctx, &op{key: e.prefix + token, change: &update{fn: fn}, hint: hint})
+			err = e.pipeline.do(ctx, deadline, &op{key: e.prefix + token, change: &update{fn: fn}, hint: hint})
 			if !errors.Is(err, errBareExpiry) {
 				return err
 			}
@@ -336,12 +336,14 @@ func (e *EtcdStore) Update(ctx context.Context, token string, fn func(values map
 }
 
 // withExpiry completes a session of scs's own etcdstore, whose expiry only its lease knows.
-func (e *EtcdStore) withExpiry(ctx context.Context, v *version) (*version, error) {
+func (e *EtcdStore) withExpiry(ctx context.Context, deadline time.Time, v *version) (*version, error) {
 	if v.rev == 0 || v.image.expiry != 0 {
 		return v, nil
 	}
 	expiry := forever
 	if v.lease != 0 {
+		ctx, cancel := context.WithDeadline(ctx, deadline)
+		defer cancel()
 		err := retry(ctx, func(ctx context.Context) error {
 			resp, err := e.conn.TimeToLive(ctx, v.lease)
 			if err == nil {
