@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"strings"
 	"sync"
 	"time"
@@ -17,6 +18,8 @@ const (
 	lockTTL = 15
 	// lockIdle is how long the process keeps its lease for locks after the last was released.
 	lockIdle = 10 * time.Second
+	// lockPause is how long no lease for locks is asked for after that has failed.
+	lockPause = 500 * time.Millisecond
 )
 
 // turns lets the goroutines of this process take turns at a session. It needs no network.
@@ -64,25 +67,39 @@ func (t *turns) take(ctx context.Context, token string) (done func(), err error)
 //
 // All mutexes of a process hang on one lease, a concurrency.Session, that is kept alive while locks are in use and a
 // little longer. Such a mutex is the process's and not the goroutine's, so goroutines first take turns.
+//
+// A request to etcd whose outcome is unknown may be applied late: it would put the key of a lock that was released
+// already, or delete that of one that was taken again. Keys carry the lease's id. So a lease with such a request is
+// retired: no more locks are hung on it, and when the last of those on it is released, it is revoked, and with it goes
+// whatever key was left behind.
 type locks struct {
 	client  *clientv3.Client
 	prefix  string
 	timeout time.Duration
 	detach  func(func())
-	turns   turns
+	turns   turns // of Exclusive
+	reruns  turns // of Retry: apart, since a request may go through Exclusive while it holds its turn to run again
 
-	making sync.Mutex // held while a session is made; taken before mu
-	mu     sync.Mutex
-	lease  *concurrency.Session // nil: none
-	users  int                  // of lease
-	idle   *time.Timer          // ends lease
+	mu      sync.Mutex
+	lease   *lockLease // the one for new locks; nil: none
+	idle    *time.Timer
+	grant   chan struct{} // closed when the grant that is under way has ended; nil: none is
+	failed  time.Time     // when a grant failed last
+	failure error
+}
+
+// lockLease is a lease that locks hang on. It is kept alive until it ends.
+type lockLease struct {
+	session *concurrency.Session
+	end     context.CancelFunc // of the session's context
+	users   int                // locks, and waits for them; guarded by locks.mu
 }
 
 // lock is a lock that is held.
 type lock struct {
 	locks *locks
+	lease *lockLease
 	mutex *concurrency.Mutex
-	lease *concurrency.Session
 	done  func() // the turn
 }
 
@@ -90,157 +107,326 @@ func newLocks(client *clientv3.Client, prefix string, timeout time.Duration, det
 	return &locks{client: client, prefix: prefix, timeout: timeout, detach: detach}
 }
 
-// lock waits for the lock of a session, as long as ctx lasts. The lock's key holds a hash of the token.
+// lock waits for the lock of a session, as long as ctx lasts and etcd can be reached. The lock's key holds a hash of the
+// token.
 func (l *locks) lock(ctx context.Context, token string) (*lock, error) {
 	done, err := l.turns.take(ctx, token)
 	if err != nil {
 		return nil, err
 	}
-	lease, err := l.join(ctx)
-	if err != nil {
-		done()
-		return nil, err
-	}
 	hash := sha256.Sum256([]byte(token))
-	held := &lock{l, concurrency.NewMutex(lease, l.prefix+hex.EncodeToString(hash[:])), lease, done}
-	acquired := make(chan error, 1)
-	l.detach(func() { acquired <- held.mutex.Lock(ctx) })
+	name := l.prefix + hex.EncodeToString(hash[:])
+	for {
+		lease, err := l.join(ctx)
+		if err != nil {
+			done()
+			return nil, err
+		}
+		held := &lock{l, lease, concurrency.NewMutex(lease.session, name), done}
+		returned, err := held.acquire(ctx)
+		if err == nil {
+			return held, nil
+		}
+		if ctx.Err() != nil {
+			l.detach(func() {
+				<-returned
+				held.release()
+				done()
+			})
+			return nil, ctx.Err()
+		}
+		l.retire(lease) // so that the next lock has another key, which the clean-up does not touch
+		l.detach(func() {
+			<-returned
+			held.release()
+		})
+		if !waitAgain(err) {
+			done()
+			return nil, err
+		}
+	}
+}
+
+// acquire waits for the mutex. The channel that it returns is closed when the mutex has returned, which may take longer.
+func (k *lock) acquire(ctx context.Context) (returned <-chan struct{}, err error) {
+	waiting, stop := context.WithCancel(clientv3.WithRequireLeader(ctx)) // a watch of a member without one is silent
+	defer stop()
+	acquired, end := make(chan error, 1), make(chan struct{})
+	k.locks.detach(func() {
+		defer close(end)
+		acquired <- k.mutex.Lock(waiting)
+	})
 	select {
 	case err = <-acquired:
 	case <-ctx.Done():
-		// When its wait ends, the mutex deletes its key with a context that does not.
-		l.detach(func() {
-			<-acquired
-			held.unlock()
-		})
-		return nil, ctx.Err()
+		err = ctx.Err()
+	case <-k.lease.session.Done():
+		err = concurrency.ErrSessionExpired
 	}
-	if err != nil {
-		held.unlock()
-		return nil, clientv3.ContextError(ctx, err)
+	return end, err
+}
+
+// waitAgain reports whether a wait for a lock ended with err because it lost its lease or its watch. What says that etcd
+// did not answer in time is no such error.
+func waitAgain(err error) bool {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return false
 	}
-	return held, nil
+	k := classify(err)
+	return errors.Is(err, concurrency.ErrSessionExpired) || k == classLeaseLost || k == classCompacted || k == classTransient
 }
 
 // guard is the condition on which the holder may still write: fencing. A holder that slept through the end of its lease
 // finds the lock's key gone, or another's.
 func (k *lock) guard() *guard { return &guard{k.mutex.IsOwner()} }
 
-// unlock releases the lock, and ends a wait for it. If etcd does not answer at once, it goes on in the background.
+// unlock releases the lock. If etcd does not answer at once, that goes on in the background.
 func (k *lock) unlock() {
-	ctx, cancel := context.WithTimeout(context.Background(), attemptTimeout)
-	defer cancel()
-	if k.release(ctx) == nil {
-		k.end(true)
-		return
-	}
+	released := make(chan struct{})
 	k.locks.detach(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), k.locks.timeout)
-		defer cancel()
-		k.end(retry(ctx, k.release) == nil)
+		defer close(released)
+		k.release()
+		k.done()
 	})
+	late := time.NewTimer(attemptTimeout)
+	defer late.Stop()
+	select {
+	case <-released:
+	case <-late.C:
+	}
 }
 
-// release deletes the lock's key.
-func (k *lock) release(ctx context.Context) error {
+// release deletes the lock's key, if there is one, and ends the use of the lease.
+func (k *lock) release() {
+	defer k.locks.leave(k.lease)
 	key := k.mutex.Key()
 	if !strings.HasPrefix(key, k.locks.prefix) {
-		return nil // the mutex has done it, when its wait ended
+		return // the mutex has deleted it, when its wait ended, or has not come to put it
 	}
-	_, err := k.locks.client.Delete(ctx, key)
+	if _, err := k.lease.session.Client().Delete(context.Background(), key); err != nil {
+		k.locks.retire(k.lease)
+	}
+}
+
+// join returns the process's lease for locks. leave ends its use. A grant that failed is not tried again at once: if etcd
+// cannot be reached, the requests that wait for a turn need not find that out one after another.
+func (l *locks) join(ctx context.Context) (*lockLease, error) {
+	for {
+		lease, grant, err := l.tryJoin()
+		if lease != nil || err != nil {
+			return lease, err
+		}
+		select {
+		case <-grant:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// tryJoin returns the process's lease for locks, or the grant of one that is under way.
+func (l *locks) tryJoin() (*lockLease, <-chan struct{}, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.lease != nil {
+		select {
+		case <-l.lease.session.Done():
+			l.drop()
+		default:
+			l.idle.Stop()
+			l.lease.users++
+			return l.lease, nil, nil
+		}
+	}
+	if time.Since(l.failed) < lockPause {
+		return nil, nil, l.failure
+	}
+	if l.grant == nil {
+		l.grant = make(chan struct{})
+		l.detach(l.newLease)
+	}
+	return nil, l.grant, nil
+}
+
+// newLease grants a lease for locks, and keeps it alive.
+func (l *locks) newLease() {
+	life, end := context.WithCancel(l.client.Ctx())
+	lease := &lockLease{end: end}
+	err := l.grantTo(life, lease)
+	if err != nil {
+		end()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	close(l.grant)
+	l.grant = nil
+	if err != nil {
+		l.failed, l.failure = time.Now(), err
+		return
+	}
+	l.lease = lease
+	l.idle = time.AfterFunc(lockIdle, func() { l.retireIdle(lease) })
+}
+
+// grantTo makes the session of a lease, which lives as long as life does.
+func (l *locks) grantTo(life context.Context, lease *lockLease) error {
+	ctx, cancel := context.WithTimeout(life, l.timeout)
+	defer cancel()
+	var id clientv3.LeaseID
+	err := retry(ctx, func(ctx context.Context) error { // a grant whose answer is lost runs out
+		resp, err := l.client.Grant(ctx, lockTTL)
+		if err == nil {
+			id = resp.ID
+		}
+		return clientv3.ContextError(ctx, err)
+	})
+	if err != nil {
+		return err
+	}
+	lease.session, err = concurrency.NewSession(l.clientOf(life, lease), concurrency.WithLease(id), concurrency.WithTTL(lockTTL), concurrency.WithContext(life))
 	return err
 }
 
-// end lets the next take its turn.
-func (k *lock) end(clean bool) {
-	k.locks.leave(k.lease, clean)
-	k.done()
-}
-
-// join returns the process's lease for locks. leave ends its use.
-func (l *locks) join(ctx context.Context) (*concurrency.Session, error) {
-	l.making.Lock()
-	defer l.making.Unlock()
-	if s := l.current(); s != nil {
-		return s, nil
-	}
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	// The session lives as long as the context that it was made with, so that must not be the request's.
-	life, end := context.WithCancel(l.client.Ctx())
-	late := time.AfterFunc(min(l.timeout, 4*attemptTimeout), end)
-	s, err := concurrency.NewSession(l.client, concurrency.WithTTL(lockTTL), concurrency.WithContext(life))
-	if err != nil || !late.Stop() {
-		end()
-		return nil, endedError(context.DeadlineExceeded, err)
-	}
+// leave ends a use of a lease.
+func (l *locks) leave(lease *lockLease) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.lease, l.users = s, 1
-	return s, nil
-}
-
-// current joins the lease if there is one that is alive.
-func (l *locks) current() *concurrency.Session {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.lease == nil {
-		return nil
-	}
-	select {
-	case <-l.lease.Done():
-		l.lease = nil
-		return nil
+	switch lease.users--; {
+	case lease.users > 0:
+	case l.lease == lease:
+		l.idle.Reset(lockIdle)
 	default:
+		l.detach(func() { l.revoke(lease) })
 	}
-	if l.idle != nil {
-		l.idle.Stop()
-	}
-	l.users++
-	return l.lease
 }
 
-// leave ends a use of the lease. With clean false a key may have stayed on it, and would lock its session out for as
-// long as the lease is kept alive; so it is left to run out.
-func (l *locks) leave(s *concurrency.Session, clean bool) {
+// retire keeps locks from being hung on the lease. The last to leave it revokes it.
+func (l *locks) retire(lease *lockLease) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.lease != s {
-		return
-	}
-	l.users--
-	switch {
-	case !clean:
-		l.lease = nil
-		l.detach(s.Orphan)
-	case l.users == 0:
-		l.idle = time.AfterFunc(lockIdle, func() { l.end(s) })
+	if l.lease == lease {
+		l.drop()
 	}
 }
 
-// end revokes the lease if it is not in use.
-func (l *locks) end(s *concurrency.Session) {
+// drop retires the current lease.
+//
+// REQUIRES: mu is held, in a call or in what a call has detached.
+func (l *locks) drop() {
+	lease := l.lease
+	l.lease = nil
+	l.idle.Stop()
+	if lease.users == 0 {
+		l.detach(func() { l.revoke(lease) })
+	}
+}
+
+// retireIdle revokes the lease if it is not in use.
+func (l *locks) retireIdle(lease *lockLease) {
 	l.mu.Lock()
-	unused := l.lease == s && l.users == 0
+	unused := l.lease == lease && lease.users == 0
 	if unused {
 		l.lease = nil
 	}
 	l.mu.Unlock()
 	if unused {
-		_ = s.Close() // else it runs out
+		l.revoke(lease)
 	}
+}
+
+// revoke ends a lease that is not in use any more. If etcd cannot be reached, it runs out.
+func (l *locks) revoke(lease *lockLease) {
+	late := time.AfterFunc(l.timeout, lease.end)
+	defer late.Stop()
+	defer lease.end()
+	_ = lease.session.Close()
 }
 
 // close revokes the lease for locks.
 func (l *locks) close() {
 	l.mu.Lock()
-	s := l.lease
-	if l.idle != nil {
+	lease := l.lease
+	if lease != nil {
 		l.idle.Stop()
 	}
 	l.mu.Unlock()
-	if s != nil {
-		l.end(s)
+	if lease != nil {
+		l.retireIdle(lease)
 	}
+}
+
+// clientOf returns the client that the mutexes on a lease use.
+func (l *locks) clientOf(life context.Context, lease *lockLease) *clientv3.Client {
+	c := clientv3.NewCtxClient(life)
+	c.KV = &lockKV{KV: l.client.KV, locks: l, lease: lease}
+	c.Lease = l.client.Lease
+	c.Watcher = l.client.Watcher
+	return c
+}
+
+// lockKV is etcd as a concurrency.Mutex sees it. A mutex asks once, with the context of whoever waits or with one that
+// does not end. Of neither would be known what became of the request: here it does not end with its context, but is
+// bounded in time, and sent again until etcd has answered. What a mutex sends may be sent twice.
+type lockKV struct {
+	clientv3.KV
+	locks *locks
+	lease *lockLease
+}
+
+// Do sends op.
+func (kv *lockKV) Do(ctx context.Context, op clientv3.Op) (resp clientv3.OpResponse, err error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), kv.locks.timeout)
+	defer cancel()
+	err = retry(ctx, func(ctx context.Context) (err error) {
+		resp, err = kv.KV.Do(ctx, op)
+		err = clientv3.ContextError(ctx, err)
+		if err != nil && !op.IsGet() && classify(err) == classUnknown {
+			kv.locks.retire(kv.lease)
+		}
+		return err
+	})
+	return resp, err
+}
+
+// Get implements clientv3.KV.
+func (kv *lockKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	resp, err := kv.Do(ctx, clientv3.OpGet(key, opts...))
+	return resp.Get(), err
+}
+
+// Delete implements clientv3.KV.
+func (kv *lockKV) Delete(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.DeleteResponse, error) {
+	resp, err := kv.Do(ctx, clientv3.OpDelete(key, opts...))
+	return resp.Del(), err
+}
+
+// Txn implements clientv3.KV.
+func (kv *lockKV) Txn(ctx context.Context) clientv3.Txn { return &lockTxn{kv: kv, ctx: ctx} }
+
+// lockTxn is a Txn of a lockKV.
+type lockTxn struct {
+	kv              *lockKV
+	ctx             context.Context
+	cmps            []clientv3.Cmp
+	then, otherwise []clientv3.Op
+}
+
+func (t *lockTxn) If(cmps ...clientv3.Cmp) clientv3.Txn {
+	t.cmps = cmps
+	return t
+}
+
+func (t *lockTxn) Then(ops ...clientv3.Op) clientv3.Txn {
+	t.then = ops
+	return t
+}
+
+func (t *lockTxn) Else(ops ...clientv3.Op) clientv3.Txn {
+	t.otherwise = ops
+	return t
+}
+
+func (t *lockTxn) Commit() (*clientv3.TxnResponse, error) {
+	resp, err := t.kv.Do(t.ctx, clientv3.OpTxn(t.cmps, t.then, t.otherwise))
+	return resp.Txn(), err
 }

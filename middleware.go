@@ -3,6 +3,8 @@ package etcdstore
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +13,8 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/alexedwards/scs/v2"
@@ -21,6 +25,8 @@ const (
 	maxRuns = 64
 	// maxReplay is how much of a request's body Retry keeps.
 	maxReplay = 1 << 20
+	// maxTurn is how long a request that has lost waits for others of its session that have.
+	maxTurn = time.Second
 )
 
 // Retry runs next again, as a new transaction, when its commit lost against another request: the session was changed on
@@ -28,58 +34,78 @@ const (
 //
 //	handler := store.Retry(sessionManager.LoadAndSave(mux))
 //
-// It is for handlers whose only effect is the session. scs commits at the handler's first write, before a byte has
-// reached the client, so nothing is buffered: at the first write the outcome is known, and either everything passes
-// straight through, so that streaming and flushing work as without Retry, or what this run writes is dropped, headers
-// included, and the handler runs again. A handler that flushes, or hijacks the connection, before its first write has
-// answered and does not run again.
+// It is for handlers whose only effect is the session, and which leave it to LoadAndSave to save that: what a run has
+// saved by itself before it lost stays saved. scs commits at the handler's first write, before a byte has reached the
+// client, so nothing is buffered: at the first write the outcome is known, and either everything passes straight
+// through, so that streaming and flushing work as without Retry, or what this run writes is dropped, headers included,
+// and the handler runs again. A run that has lost has its context cancelled, so that a handler that streams until its
+// client goes away ends. A handler that flushes, or hijacks the connection, before its first write has answered and does
+// not run again.
+//
+// Where the session is gone, the handler runs again without one, and the session cookie stays as it is: a login in another
+// request may have set it anew meanwhile (RenewToken deletes the old session), and must not be undone.
 //
 // The request's body is kept up to 1 MiB for the next run; with a larger one the handler does not run again. There are
 // up to 64 runs with a random wait between them, and the requests of one session that have lost take turns within the
-// process. After the last one ErrorFunc answers. A panic of next passes through.
+// process. After the last one ErrorFunc answers. A panic of next passes through, except for http.ErrAbortHandler in a
+// run whose response is dropped anyway.
 func (e *EtcdStore) Retry(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		header := w.Header().Clone()
 		body := &replay{source: r.Body}
 		giveBack := func() {}
-		defer func() { giveBack() }()
-		for run := 1; ; run++ {
-			t := newTransaction()
-			rw := &retryWriter{ResponseWriter: w, transaction: t, body: body}
-			again := r.Clone(context.WithValue(r.Context(), contextKey{}, t))
-			if r.Body != nil && r.Body != http.NoBody {
-				again.Body = body.rewind()
-			}
-			next.ServeHTTP(rw, again)
-			if !rw.lost() {
+		var stale []string
+		for n := 1; ; n++ {
+			run := newRun(w, r, body, giveBack)
+			run.stale = stale
+			if !run.serve(next, r) {
 				return
 			}
-			giveBack()
-			giveBack = func() {}
+			if errors.Is(run.defeat, ErrSessionGone) {
+				stale = append(stale, cookiesOf(r, run.token)...)
+			}
 			clear(w.Header())
 			maps.Copy(w.Header(), header.Clone())
-			token, defeat := t.defeat()
-			if run == maxRuns {
-				ErrorFunc(w, r, fmt.Errorf("%w: gave up after %d runs: %w", ErrConflict, run, defeat))
+			if n == maxRuns || r.Context().Err() != nil {
+				ErrorFunc(w, r, fmt.Errorf("%w: gave up after %d runs: %w", ErrConflict, n, run.defeat))
 				return
 			}
-			turn, err := e.locks.turns.take(r.Context(), token)
-			if err != nil {
-				return // the client has gone
-			}
-			giveBack = turn
-			time.Sleep(rand.N(time.Millisecond << min(run, 6)))
+			giveBack = e.awaitTurn(r.Context(), run.token)
+			time.Sleep(rand.N(time.Millisecond << min(n, 6)))
 		}
 	})
 }
 
-// retryWriter passes a run's response through once it is known that the run has not lost.
-type retryWriter struct {
+// awaitTurn waits until the requests of a session that have lost before have run again, but not for long: some handlers
+// take their time. What it returns gives the turn back.
+func (e *EtcdStore) awaitTurn(ctx context.Context, token string) (giveBack func()) {
+	ctx, cancel := context.WithTimeout(ctx, maxTurn)
+	defer cancel()
+	done, err := e.locks.reruns.take(ctx, token)
+	if err != nil {
+		return func() {}
+	}
+	return sync.OnceFunc(done)
+}
+
+// run is one run of a handler, and the http.ResponseWriter that it gets. It passes the response through once it is known
+// that the run has not lost.
+type run struct {
 	http.ResponseWriter
 	transaction *transaction
+	guarded     bool // by an Exclusive outside of Retry
 	body        *replay
-	verdict     verdict
+	cancel      context.CancelFunc // of the run's context
+	giveBack    func()             // the turn; it may be called again
+	stale       []string           // cookies that the run must not set
+
+	verdict verdict
+	token   string // the session that the run has lost with, and why
+	defeat  error
 }
+
+// runKey is the key of a context's run.
+type runKey struct{}
 
 type verdict int
 
@@ -89,91 +115,223 @@ const (
 	dropped
 )
 
-// lost decides about the run and reports whether it has lost. It is called at the run's first write, which comes after
-// its commit, or at its end. A run that cannot be repeated passes: scs's ErrorFunc has answered.
-func (w *retryWriter) lost() bool {
+func newRun(w http.ResponseWriter, r *http.Request, body *replay, giveBack func()) *run {
+	t := newTransaction()
+	if outer := explicit(r.Context()); outer != nil {
+		t.guard = outer.guard
+	}
+	return &run{ResponseWriter: w, transaction: t, guarded: t.guard != nil, body: body, giveBack: giveBack}
+}
+
+// serve runs next and reports whether the run has lost.
+func (w *run) serve(next http.Handler, r *http.Request) (lost bool) {
+	defer w.giveBack()
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	w.cancel = cancel
+	ctx = context.WithValue(ctx, contextKey{}, w.transaction)
+	again := r.Clone(context.WithValue(ctx, runKey{}, w))
+	if r.Body != nil && r.Body != http.NoBody {
+		again.Body = w.body.rewind()
+	}
+	defer func() {
+		if w.verdict != dropped {
+			return
+		}
+		lost = true
+		if p := recover(); p != nil && p != any(http.ErrAbortHandler) {
+			panic(p)
+		}
+	}()
+	next.ServeHTTP(w, again)
+	if w.lost() {
+		return true
+	}
+	w.dropStale()
+	return false
+}
+
+// lost reports whether the run has lost and will be repeated. It is called at the run's first write, which comes after
+// its commit, and at its end.
+func (w *run) lost() bool {
+	if w.verdict != undecided {
+		return w.verdict == dropped
+	}
+	token, err := w.transaction.defeat()
+	switch {
+	case err == nil:
+		return false
+	case w.guarded && errors.Is(err, errLockLost):
+		return false // and a repeated run would lose in the same way
+	case !w.body.seal():
+		return false // it cannot be repeated; scs's ErrorFunc has answered
+	}
+	w.verdict, w.token, w.defeat = dropped, token, err
+	w.giveBack()
+	w.cancel()
+	return true
+}
+
+// pass notes that the client gets to see something of the run.
+func (w *run) pass() {
 	if w.verdict == undecided {
-		w.verdict = passes
-		if _, err := w.transaction.defeat(); err != nil && !w.body.overflowed {
-			w.verdict = dropped
+		w.dropStale()
+	}
+	w.verdict = passes
+	w.giveBack()
+}
+
+// dropStale removes the cookies that the run must not set.
+func (w *run) dropStale() {
+	if len(w.stale) == 0 || w.verdict != undecided {
+		return
+	}
+	set := w.Header().Values("Set-Cookie")
+	w.Header()["Set-Cookie"] = slices.DeleteFunc(slices.Clone(set), func(line string) bool {
+		cookie, err := http.ParseSetCookie(line)
+		return err == nil && slices.Contains(w.stale, cookie.Name)
+	})
+}
+
+// cookiesOf returns the names of a request's cookies that name a session, as its token or, as scs's HashTokenInStore has it,
+// as what the token is the hash of.
+func cookiesOf(r *http.Request, token string) (names []string) {
+	for _, c := range r.Cookies() {
+		hash := sha256.Sum256([]byte(c.Value))
+		if c.Value == token || base64.RawURLEncoding.EncodeToString(hash[:]) == token {
+			names = append(names, c.Name)
 		}
 	}
-	return w.verdict == dropped
+	return names
 }
 
-func (w *retryWriter) WriteHeader(code int) {
-	if !w.lost() {
-		w.ResponseWriter.WriteHeader(code)
+func (w *run) WriteHeader(code int) {
+	if w.lost() {
+		return
 	}
+	if code < 100 || code >= 200 || code == http.StatusSwitchingProtocols {
+		w.pass()
+	}
+	w.ResponseWriter.WriteHeader(code)
 }
 
-func (w *retryWriter) Write(b []byte) (int, error) {
+func (w *run) Write(b []byte) (int, error) {
 	if w.lost() {
 		return len(b), nil
 	}
+	w.pass()
 	return w.ResponseWriter.Write(b)
 }
 
 // FlushError is what http.ResponseController.Flush calls.
-func (w *retryWriter) FlushError() error {
+func (w *run) FlushError() error {
 	if w.lost() {
 		return nil
 	}
-	return http.NewResponseController(w.ResponseWriter).Flush()
+	err := http.NewResponseController(w.ResponseWriter).Flush()
+	if !errors.Is(err, http.ErrNotSupported) {
+		w.pass()
+	}
+	return err
 }
 
 // Flush implements http.Flusher.
-func (w *retryWriter) Flush() { _ = w.FlushError() }
+func (w *run) Flush() { _ = w.FlushError() }
 
 // Hijack implements http.Hijacker.
-func (w *retryWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+func (w *run) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if w.lost() {
 		return nil, nil, ErrConflict
 	}
-	return http.NewResponseController(w.ResponseWriter).Hijack()
+	conn, rw, err := http.NewResponseController(w.ResponseWriter).Hijack()
+	if !errors.Is(err, http.ErrNotSupported) {
+		w.pass()
+	}
+	return conn, rw, err
 }
 
 // Unwrap gives http.ResponseController what does not concern the response: deadlines, full duplex.
-func (w *retryWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+func (w *run) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// replay is a request's body that can be read again, as far as it was read, up to maxReplay bytes.
+// replay is a request's body that can be read again, as far as it was read, up to maxReplay bytes. As the bodies of
+// net/http it may be read by a goroutine of its own, also one that a handler has left behind.
 type replay struct {
-	source     io.ReadCloser
+	reading sync.Mutex // held while source is read; taken before mu
+	source  io.ReadCloser
+
+	mu         sync.Mutex
+	reader     *replayReader // of the current run
 	kept       []byte
-	overflowed bool
+	overflowed bool  // there was more than is kept
+	sealed     bool  // the current run will be repeated: it gets no more than is kept
 	err        error // the source's last, io.EOF mostly
 }
 
 // rewind returns the body from its start.
 func (p *replay) rewind() io.ReadCloser {
-	return &replayReader{replay: p}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.reader, p.sealed = &replayReader{replay: p}, false
+	return p.reader
+}
+
+// seal makes sure that the body stays repeatable. It reports false where it is not.
+func (p *replay) seal() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.sealed = !p.overflowed
+	return p.sealed
 }
 
 // replayReader is the body of one run.
 type replayReader struct {
 	*replay
-	at int
+	at int // guarded by replay.reading
 }
 
 func (r *replayReader) Read(b []byte) (int, error) {
-	if r.at < len(r.kept) {
-		n := copy(b, r.kept[r.at:])
-		r.at += n
-		return n, nil
-	}
-	if r.err != nil {
-		return 0, r.err
+	r.reading.Lock()
+	defer r.reading.Unlock()
+	if n, done, err := r.again(b); done {
+		return n, err
 	}
 	n, err := r.source.Read(b)
-	r.err = err
-	if len(r.kept)+n > maxReplay {
-		r.overflowed, r.kept, r.at = true, nil, 0
-	}
-	if !r.overflowed {
-		r.kept = append(r.kept, b[:n]...)
-		r.at += n
-	}
+	r.keep(b[:n], err)
 	return n, err
+}
+
+// again reads what was read before. It reports whether that is all that the Read gets.
+func (r *replayReader) again(b []byte) (n int, done bool, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.reader != r:
+		return 0, true, http.ErrBodyReadAfterClose
+	case r.at < len(r.kept):
+		n = copy(b, r.kept[r.at:])
+		r.at += n
+		return n, true, nil
+	case r.err != nil:
+		return 0, true, r.err
+	case r.sealed && len(r.kept) >= maxReplay:
+		return 0, true, ErrConflict
+	}
+	return 0, false, nil
+}
+
+// keep keeps what was read, unless it is too much for a run that may still pass.
+func (r *replayReader) keep(b []byte, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.err = err
+	switch repeated := r.sealed || r.reader != r; {
+	case r.overflowed:
+	case !repeated && len(r.kept)+len(b) > maxReplay:
+		r.overflowed, r.kept, r.at = true, nil, 0
+	default:
+		r.kept = append(r.kept, b...)
+		r.at += len(b)
+	}
 }
 
 // Close does nothing: the next run may read on. The server closes the source.
@@ -185,13 +343,14 @@ func (*replayReader) Close() error { return nil }
 //
 //	handler := store.Exclusive(sessionManager, sessionManager.LoadAndSave(mux))
 //
-// Requests wait for the lock as long as their context lasts. A request without a session does not wait. A request that
-// has lost its lock, because its process was paused for longer than the lock's lease lasts (15 s), cannot commit any
-// more: every commit compares the ownership of the lock (fencing), and fails with ErrConflict. What such a handler does
-// elsewhere is not fenced.
+// Requests wait for the lock as long as their context lasts, and where etcd does not answer, ErrorFunc does. A request
+// without a session does not wait. A request that has lost its lock, because its process was paused for longer than the
+// lock's lease lasts (15 s), cannot commit any more: every commit compares the ownership of the lock (fencing), and
+// fails with ErrConflict. What such a handler does elsewhere is not fenced.
 //
 // Requests that do not go through Exclusive are not kept out; what they commit is merged as always. Without contention
-// the lock costs two round trips.
+// the lock costs two round trips. A handler in Exclusive must not be in another one for the same session: it would wait
+// for itself.
 func (e *EtcdStore) Exclusive(sm *scs.SessionManager, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx := r.Context()
@@ -235,8 +394,12 @@ func (e *EtcdStore) exclude(ctx context.Context, token string) (*lock, error) {
 //   - ErrOutcomeUnknown, and what says that etcd is not available, with 503 and Retry-After;
 //   - everything else with 500.
 //
-// It logs all but the first with slog. Note that scs lets the handler's body follow what ErrorFunc writes.
+// It logs all but the first with slog, unless the client has gone. In a run that Retry repeats it does nothing. Note that
+// scs lets the handler's body follow what ErrorFunc writes.
 func ErrorFunc(w http.ResponseWriter, r *http.Request, err error) {
+	if run, ok := r.Context().Value(runKey{}).(*run); ok && run.lost() {
+		return
+	}
 	status := http.StatusInternalServerError
 	switch {
 	case errors.Is(err, ErrSessionGone) && !errors.Is(err, ErrConflict):
@@ -247,6 +410,8 @@ func ErrorFunc(w http.ResponseWriter, r *http.Request, err error) {
 		status = http.StatusServiceUnavailable
 		w.Header().Set("Retry-After", "1")
 	}
-	slog.ErrorContext(r.Context(), "etcdstore: session not loaded or saved", "method", r.Method, "status", status, "error", err)
+	if !errors.Is(r.Context().Err(), context.Canceled) { // else the client has gone, mostly: a server's BaseContext may end, too
+		slog.ErrorContext(r.Context(), "etcdstore: session not loaded or saved", "method", r.Method, "status", status, "error", err)
+	}
 	http.Error(w, http.StatusText(status), status)
 }
