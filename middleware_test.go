@@ -330,14 +330,17 @@ func TestRetry_AsWithout(t *testing.T) {
 			_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(-time.Second))
 			fmt.Fprint(w, "text")
 		},
-		"hijacks": func(w http.ResponseWriter, _ *http.Request) {
+		"hijacks": func(w http.ResponseWriter, r *http.Request) {
 			conn, rw, err := http.NewResponseController(w).Hijack()
 			if err != nil {
 				fmt.Fprint(w, err)
 				return
 			}
 			defer conn.Close()
-			fmt.Fprint(rw, "HTTP/1.1 200 OK\r\nX-Raw: yes\r\nContent-Length: 3\r\n\r\nraw")
+			fmt.Fprint(rw, "HTTP/1.1 200 OK\r\nX-Raw: yes\r\nContent-Length: 3\r\n\r\n")
+			if r.Method != http.MethodHead {
+				fmt.Fprint(rw, "raw")
+			}
 			rw.Flush()
 		},
 		"hijacks after writing": func(w http.ResponseWriter, _ *http.Request) {
@@ -1253,7 +1256,7 @@ func TestErrorFunc_Cancelled(t *testing.T) {
 	cancel()
 	for err, want := range map[error]int{
 		ErrConflict:                    http.StatusConflict,
-		context.Canceled:               http.StatusInternalServerError,
+		context.Canceled:               http.StatusServiceUnavailable,
 		unknownError(context.Canceled): http.StatusServiceUnavailable,
 	} {
 		rec := httptest.NewRecorder()

@@ -1,0 +1,1458 @@
+package etcdstore
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/protobuf/proto"
+)
+
+// The tests of this file run in synctest bubbles: synctest.Wait returns when nothing goes on by itself any more, so that
+// what waits does wait; time passes only when nothing else happens, so that no test is slow, or hangs on time.
+
+const fakePrefix = "p:"
+
+// newFakeStore returns a store on a fake etcd. At the test's end nothing may be left of what it did.
+func newFakeStore(t *testing.T, opts ...Option) (*EtcdStore, *fakeEtcd) {
+	t.Helper()
+	f := newFakeEtcd()
+	return newFakeStoreOn(t, f, opts...), f
+}
+
+// newFakeStoreOn returns a further store on a fake, as another process has it.
+func newFakeStoreOn(t *testing.T, f *fakeEtcd, opts ...Option) *EtcdStore {
+	t.Helper()
+	s := newStore(f, nil, fakePrefix, opts)
+	t.Cleanup(func() {
+		f.intercept(nil)
+		mustClose(t, s)
+		wantIdle(t, s)
+	})
+	return s
+}
+
+// wantIdle checks that a store that has nothing to do has nothing.
+func wantIdle(t *testing.T, s *EtcdStore) {
+	t.Helper()
+	synctest.Wait()
+	p, r := s.pipeline, s.reader
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(p.queues) > 0 || p.ready != nil {
+		t.Errorf("the pipeline has %d queues, %d of them ready", len(p.queues), len(p.ready))
+	}
+	if len(r.waiting) > 0 || r.order != nil {
+		t.Errorf("the reader has %d keys waiting, %d in order", len(r.waiting), len(r.order))
+	}
+	for name, l := range map[string]*lane{"writes": &p.lane, "reads": &r.lane} {
+		if l.starting != 0 || l.counted != 0 || l.total != 0 {
+			t.Errorf("the lane of %s has %d workers starting, %d counted, %d in all", name, l.starting, l.counted, l.total)
+		}
+	}
+}
+
+// seed stores a session on a lease that lasts, as another process would.
+func (f *fakeEtcd) seed(t *testing.T, token string, pairs ...any) {
+	t.Helper()
+	deadline := time.Now().Add(time.Hour)
+	lease, err := f.Grant(t.Context(), 7200)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := record{
+		payload:   gobSession(t, deadline, fakePairs(pairs)),
+		prefixLen: len(fakePrefix),
+		expiry:    toMillis(deadline),
+		leaseEnd:  toMillis(deadline.Add(time.Hour)),
+		id:        newWriteID(),
+	}
+	if _, err := f.Put(t.Context(), fakePrefix+token, string(r.encode()), clientv3.WithLease(lease.ID)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// sessions returns all versions that a session has had, nil for its deletions.
+func (f *fakeEtcd) sessions(t *testing.T, token string) (all []map[string]any) {
+	t.Helper()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, kv := range f.history[fakePrefix+token] {
+		all = append(all, fakeValues(t, kv))
+	}
+	return all
+}
+
+// fakeValues returns the values of a session's version, nil for its deletion.
+func fakeValues(t *testing.T, kv *mvccpb.KeyValue) map[string]any {
+	t.Helper()
+	if kv.Version == 0 {
+		return nil
+	}
+	r, kind := decodeRecord(kv.Value)
+	_, values, err := newOptions(nil).codec.Decode(r.payload)
+	if kind != kindRecord || err != nil {
+		t.Fatalf("%s holds kind %d, %v", kv.Key, kind, err)
+	}
+	if values == nil {
+		values = map[string]any{}
+	}
+	return values
+}
+
+// wantSession checks what a session holds, pairs of keys and values, and how many versions of it there have been;
+// no pairs stand for no session.
+func (f *fakeEtcd) wantSession(t *testing.T, token string, versions int, pairs ...any) {
+	t.Helper()
+	all := f.sessions(t, token)
+	var got map[string]any
+	if len(all) > 0 {
+		got = all[len(all)-1]
+	}
+	var want map[string]any
+	if len(pairs) > 0 {
+		want = fakePairs(pairs)
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("%s is %v, want %v", token, got, want)
+	}
+	if len(all) != versions {
+		t.Errorf("%s has had %d versions, want %d: %v", token, len(all), versions, all)
+	}
+}
+
+// fakePairs returns the values that keys and values in turn stand for.
+func fakePairs(pairs []any) map[string]any {
+	values := make(map[string]any)
+	_ = setting(pairs...)(values)
+	return values
+}
+
+// setting returns a function for Update that sets values.
+func setting(pairs ...any) func(map[string]any) error {
+	return func(values map[string]any) error {
+		for i := 0; i < len(pairs); i += 2 {
+			values[pairs[i].(string)] = pairs[i+1]
+		}
+		return nil
+	}
+}
+
+// commitOf changes values of what ctx's transaction finds, and returns the commit of that.
+func commitOf(t *testing.T, ctx context.Context, s *EtcdStore, token string, pairs ...any) func() error {
+	t.Helper()
+	b, _, err := s.FindCtx(ctx, token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expiry, values := time.Now().Add(time.Hour), map[string]any{}
+	if b != nil {
+		if expiry, values, err = s.codec.Decode(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = setting(pairs...)(values)
+	b = gobSession(t, expiry, values)
+	return func() error { return s.CommitCtx(ctx, token, b, expiry) }
+}
+
+// fakePanic is the error of a call that panicked.
+type fakePanic struct{ value any }
+
+func (p fakePanic) Error() string { return fmt.Sprint("panic: ", p.value) }
+
+// started starts a call, and returns when it waits for something, or has returned. The function that it returns waits for
+// the call's result.
+func started(call func() error) (result func() error) {
+	err, done := error(nil), make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() {
+			if v := recover(); v != nil {
+				err = fakePanic{v}
+			}
+		}()
+		err = call()
+	}()
+	synctest.Wait()
+	return func() error {
+		<-done
+		return err
+	}
+}
+
+// wantErr checks a call's error; nil wants none.
+func wantErr(t *testing.T, what string, got, want error) {
+	t.Helper()
+	if !errors.Is(got, want) {
+		t.Errorf("%s: %v, want %v", what, got, want)
+	}
+}
+
+// fakeAttempts returns the attempts that a request carries: the Txns in it, or itself. For what writes nothing of sessions
+// that is none.
+func fakeAttempts(txn *etcdserverpb.TxnRequest) (attempts []*etcdserverpb.TxnRequest) {
+	if len(txn.GetCompare()) > 0 {
+		return []*etcdserverpb.TxnRequest{txn}
+	}
+	for _, op := range txn.GetSuccess() {
+		if nested := op.GetRequestTxn(); nested != nil {
+			attempts = append(attempts, nested)
+		}
+	}
+	return attempts
+}
+
+// isAttempt reports whether a request carries attempts, other than those of stall.
+func isAttempt(r *fakeRequest) bool {
+	tokens := fakeTokens(r.txn())
+	return len(tokens) > 0 && !strings.HasPrefix(tokens[0], "stalled")
+}
+
+// isGrant reports whether a request grants a lease.
+func isGrant(r *fakeRequest) bool {
+	_, ok := r.msg.(*etcdserverpb.LeaseGrantRequest)
+	return ok
+}
+
+// fakeTokens returns whose sessions a request's attempts are.
+func fakeTokens(txn *etcdserverpb.TxnRequest) (tokens []string) {
+	for _, a := range fakeAttempts(txn) {
+		tokens = append(tokens, strings.TrimPrefix(string(a.Compare[0].Key), fakePrefix))
+	}
+	return tokens
+}
+
+// batches returns whose sessions were in each of the requests with attempts since the last call.
+func (f *fakeEtcd) batches() (batches [][]string) {
+	for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
+		if tokens := fakeTokens(txn); tokens != nil {
+			batches = append(batches, tokens)
+		}
+	}
+	return batches
+}
+
+// stall fills the lane of writes with two batches that are held, so that what comes queues up.
+func stall(t *testing.T, s *EtcdStore, f *fakeEtcd) (release func()) {
+	t.Helper()
+	tokens := []string{"stalled 1", "stalled 2"}
+	for _, token := range tokens {
+		f.seed(t, token)
+	}
+	f.batches()
+	releaseAll := f.hold(func(r *fakeRequest) bool { return len(fakeAttempts(r.txn())) > 0 })
+	var results []func() error
+	for _, token := range tokens {
+		results = append(results, started(func() error { return s.Update(t.Context(), token, setting("a", 1)) }))
+	}
+	if n := len(f.batches()); n != minInFlight {
+		t.Fatalf("%d batches are in flight, want %d", n, minInFlight)
+	}
+	return func() {
+		t.Helper()
+		releaseAll()
+		for _, result := range results {
+			wantErr(t, "a stalled update", result(), nil)
+		}
+	}
+}
+
+// The transitions of one session take effect in the order in which they came, and those that wait together are one
+// write.
+func TestPipeline_Order(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "a")
+		release := f.hold(isAttempt)
+		var results []func() error
+		want := ""
+		for i := range 20 {
+			want += fmt.Sprint(i, " ")
+			results = append(results, started(func() error {
+				return s.Update(t.Context(), "a", func(values map[string]any) error {
+					log, _ := values["log"].(string)
+					values["log"] = log + fmt.Sprint(i, " ")
+					return nil
+				})
+			}))
+		}
+		release()
+		for i, result := range results {
+			wantErr(t, fmt.Sprint("update ", i), result(), nil)
+		}
+		f.wantSession(t, "a", 3, "log", want) // the seed, the first, and the fold of the others
+	})
+}
+
+// 64 transitions of one session that wait together are one write, and each gets its own result: what fails among them
+// fails alone.
+func TestPipeline_Fold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "a", "n", 0)
+		var txs [3]context.Context
+		for i := range txs {
+			txs[i] = Begin(t.Context())
+		}
+		conflicting := commitOf(t, txs[0], s, "a", "n", 7)
+		merging := commitOf(t, txs[1], s, "a", "merged", 1)
+		late := commitOf(t, txs[2], s, "a", "late", 1)
+		own := errors.New("own")
+
+		update := func(pairs ...any) func() error {
+			return func() error { return s.Update(t.Context(), "a", setting(pairs...)) }
+		}
+		calls := []func() error{update("n", 1)}
+		wants := []error{nil}
+		add := func(call func() error, want error) {
+			calls, wants = append(calls, call), append(wants, want)
+		}
+		add(conflicting, ErrConflict)
+		add(merging, nil)
+		add(func() error { return s.Update(t.Context(), "a", func(map[string]any) error { return own }) }, own)
+		for i := range 20 {
+			add(update(fmt.Sprint("before ", i), 1), nil)
+		}
+		add(func() error { return s.Delete("a") }, nil)
+		add(late, ErrSessionGone)
+		add(update("late", 2), ErrSessionGone)
+		fresh := gobSession(t, time.Now().Add(time.Hour), map[string]any{"fresh": 1})
+		add(func() error { return s.CommitCtx(Begin(t.Context()), "a", fresh, time.Now().Add(time.Hour)) }, nil)
+		pairs := []any{"fresh", 1}
+		for i := range 64 - len(calls) {
+			key := fmt.Sprint("after ", i)
+			pairs = append(pairs, key, 1)
+			add(update(key, 1), nil)
+		}
+
+		release := f.hold(isAttempt)
+		var results []func() error
+		for _, call := range calls {
+			results = append(results, started(call))
+		}
+		release()
+		for i, result := range results {
+			wantErr(t, fmt.Sprint("call ", i), result(), wants[i])
+		}
+		f.wantSession(t, "a", 3, pairs...)
+	})
+}
+
+// What a transition makes of a guess, an error included, counts only if the compare succeeds.
+func TestPipeline_FailureOverGuess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		other := newFakeStoreOn(t, f)
+		f.seed(t, "a")
+		release := stall(t, s, f)
+		missing, runs := errors.New("not there yet"), 0
+		first := started(func() error { return s.Update(t.Context(), "a", setting("first", 1)) })
+		second := started(func() error {
+			return s.Update(t.Context(), "a", func(values map[string]any) error {
+				if runs++; values["other"] == nil {
+					return missing
+				}
+				values["second"] = 1
+				return nil
+			})
+		})
+		f.letPass(t, func() error { return other.Update(t.Context(), "a", setting("other", 1)) })
+		release()
+		wantErr(t, "first", first(), nil)
+		wantErr(t, "second", second(), nil)
+		f.wantSession(t, "a", 3, "other", 1, "first", 1, "second", 1)
+		if runs != 2 {
+			t.Errorf("the second ran %d times, want once over the guess and once over what is there", runs)
+		}
+	})
+}
+
+// A lone session goes un-nested, sessions that wait together go in one request.
+func TestPipeline_GroupCommit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		for i := range 50 {
+			f.seed(t, fmt.Sprint(i))
+		}
+		fakeSent[any](f)
+		wantErr(t, "a lone update", s.Update(t.Context(), "0", setting("a", 0)), nil)
+		for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
+			if len(fakeAttempts(txn)) == 1 && len(txn.Compare) == 0 {
+				t.Error("a lone session is nested")
+			}
+		}
+
+		release := stall(t, s, f)
+		var results []func() error
+		for i := range 50 {
+			results = append(results, started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
+		}
+		wantBatches(t, f, []int{}, "while two batches are in flight")
+		release()
+		wantBatches(t, f, []int{50}, "once they have ended")
+		for i, result := range results {
+			wantErr(t, fmt.Sprint("update ", i), result(), nil)
+			f.wantSession(t, fmt.Sprint(i), min(2+(50-i)/50, 3), "a", 1)
+		}
+	})
+}
+
+// wantBatches checks how many sessions were in each request since the last call.
+func wantBatches(t *testing.T, f *fakeEtcd, want []int, when string) {
+	t.Helper()
+	got := []int{}
+	for _, tokens := range f.batches() {
+		got = append(got, len(tokens))
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("batches of %v sessions, want %v, %s", got, want, when)
+	}
+}
+
+// A full batch goes at once, and 120 sessions fill it.
+func TestPipeline_FullBatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		for i := range 2*maxBatchKeys - 1 {
+			f.seed(t, fmt.Sprint(i))
+		}
+		release := stall(t, s, f)
+		var results []func() error
+		update := func(from, to int) {
+			for i := from; i < to; i++ {
+				results = append(results, started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
+			}
+		}
+		update(0, maxBatchKeys-1)
+		wantBatches(t, f, []int{}, "one short of a full batch")
+		update(maxBatchKeys-1, maxBatchKeys)
+		wantBatches(t, f, []int{maxBatchKeys}, "with a full batch")
+		update(maxBatchKeys, 2*maxBatchKeys-1)
+		wantBatches(t, f, []int{}, "one short of another full batch")
+		release()
+		wantBatches(t, f, []int{maxBatchKeys - 1}, "at the end")
+		for i, result := range results {
+			wantErr(t, fmt.Sprint("update ", i), result(), nil)
+			f.wantSession(t, fmt.Sprint(i), 2, "a", 1)
+		}
+	})
+}
+
+// A request has at most 512 KiB of values, and a value of 32 KiB goes alone.
+func TestPipeline_Bytes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		sizes := map[string]int{"large": 40 << 10, "small": 10}
+		for i := range 40 {
+			sizes[fmt.Sprint("medium ", i)] = 20 << 10
+		}
+		for token := range sizes {
+			f.seed(t, token)
+		}
+		release := stall(t, s, f)
+		var results []func() error
+		for token, size := range sizes {
+			results = append(results, started(func() error { return s.Update(t.Context(), token, setting("a", strings.Repeat("x", size))) }))
+		}
+		release()
+		for _, result := range results {
+			wantErr(t, "update", result(), nil)
+		}
+		var batches int
+		for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
+			tokens := fakeTokens(txn)
+			if slices.Contains(tokens, "large") {
+				if len(tokens) > 1 {
+					t.Errorf("a large value is among %d others", len(tokens)-1)
+				}
+				continue
+			}
+			if size := proto.Size(txn); size > batchBytes+4<<10 {
+				t.Errorf("a request with %d bytes", size)
+			}
+			if len(tokens) > 0 {
+				batches++
+			}
+		}
+		if batches != 2 {
+			t.Errorf("%d batches for 800 KiB", batches)
+		}
+	})
+}
+
+// A server may take fewer operations in a Txn than ours. The batches become smaller, and nobody notices.
+func TestPipeline_FewerOperations(t *testing.T) {
+	for _, c := range []struct{ operations, sessions int }{{128, 120}, {64, 60}, {16, 15}, {4, 3}, {2, 1}} {
+		synctest.Test(t, func(t *testing.T) {
+			s, f := newFakeStore(t)
+			for i := range maxBatchKeys {
+				f.seed(t, fmt.Sprint(i))
+			}
+			f.maxOps = c.operations
+			for range 8 {
+				release := stall(t, s, f)
+				var results []func() error
+				for i := range s.conn.batchKeys() {
+					results = append(results, started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
+				}
+				release()
+				for i, result := range results {
+					wantErr(t, fmt.Sprint("update ", i), result(), nil)
+				}
+			}
+			if got := s.conn.batchKeys(); got != c.sessions {
+				t.Errorf("with %d operations allowed, %d sessions a batch, want %d", c.operations, got, c.sessions)
+			}
+		})
+	}
+}
+
+// In a batch that etcd refuses as a whole only the culprit fails, if anything has to.
+func TestPipeline_PoisonedBatch(t *testing.T) {
+	unregistered := struct{ A int }{1}
+	thirdIs := func(c Conflict) (any, error) { panic(c.Key) }
+	for name, c := range map[string]struct {
+		bad    func(s *EtcdStore, ctx context.Context) error
+		poison func(f *fakeEtcd)
+		want   error
+		panics any
+	}{
+		"too large": {
+			bad: func(s *EtcdStore, ctx context.Context) error {
+				return s.Update(ctx, "bad", setting("a", strings.Repeat("x", 20<<10)))
+			},
+			poison: func(f *fakeEtcd) { f.maxBytes = 16 << 10 },
+			want:   ErrTooLarge,
+		},
+		"no permission": {
+			bad:    func(s *EtcdStore, ctx context.Context) error { return s.Update(ctx, "bad", setting("a", 1)) },
+			poison: func(f *fakeEtcd) { f.denied[fakePrefix+"bad"] = true },
+			want:   rpctypes.ErrPermissionDenied,
+		},
+		"does not encode": {
+			bad: func(s *EtcdStore, ctx context.Context) error { return s.Update(ctx, "bad", setting("a", unregistered)) },
+		},
+		"function panics": {
+			bad: func(s *EtcdStore, ctx context.Context) error {
+				return s.Update(ctx, "bad", func(map[string]any) error { panic("own") })
+			},
+			panics: "own",
+		},
+		"resolver panics": {
+			bad: func(s *EtcdStore, ctx context.Context) error {
+				return s.CommitCtx(ctx, "bad", gobSession(&testing.T{}, time.Now().Add(time.Hour), map[string]any{"n": 2}), time.Now().Add(time.Hour))
+			},
+			poison: nil,
+			panics: "n",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, f := newFakeStore(t, WithResolver(thirdIs))
+				f.seed(t, "bad", "n", 0)
+				for i := range 10 {
+					f.seed(t, fmt.Sprint(i))
+				}
+				ctx := Begin(t.Context())
+				commitOf(t, ctx, s, "bad") // reads it
+				wantErr(t, "an update since", s.Update(t.Context(), "bad", setting("n", 1)), nil)
+
+				release := stall(t, s, f)
+				var results []func() error
+				for i := range 10 {
+					if i == 5 {
+						results = append(results, started(func() error { return c.bad(s, ctx) }))
+					}
+					results = append(results, started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
+				}
+				if c.poison != nil {
+					c.poison(f)
+				}
+				release()
+				bad := results[5]()
+				for _, result := range slices.Delete(results, 5, 6) {
+					wantErr(t, "a good one", result(), nil)
+				}
+				for i := range 10 {
+					f.wantSession(t, fmt.Sprint(i), 2, "a", 1)
+				}
+				switch {
+				case c.panics != nil:
+					wantErr(t, "the bad one", bad, fakePanic{c.panics})
+				case c.want != nil:
+					wantErr(t, "the bad one", bad, c.want)
+				case bad == nil:
+					t.Error("the bad one succeeded")
+				}
+				f.wantSession(t, "bad", 2, "n", 1)
+			})
+		})
+	}
+}
+
+// A fold that etcd refuses is tried again transition by transition.
+func TestPipeline_PoisonedFold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "a", "n", 0)
+		f.maxBytes = 16 << 10
+		release := stall(t, s, f)
+		var results []func() error
+		for i := range 9 {
+			results = append(results, started(func() error {
+				if i == 4 {
+					return s.Update(t.Context(), "a", setting("large", strings.Repeat("x", 20<<10)))
+				}
+				return s.Update(t.Context(), "a", func(values map[string]any) error {
+					values["n"] = values["n"].(int) + 1
+					return nil
+				})
+			}))
+		}
+		release()
+		for i, result := range results {
+			var want error
+			if i == 4 {
+				want = ErrTooLarge
+			}
+			wantErr(t, fmt.Sprint("update ", i), result(), want)
+		}
+		f.wantSession(t, "a", 9, "n", 8)
+	})
+}
+
+// committing returns the commit of a session that was not there.
+func committing(t *testing.T, s *EtcdStore, token string, life time.Duration, pairs ...any) func() error {
+	t.Helper()
+	expiry := time.Now().Add(life)
+	b := gobSession(t, expiry, fakePairs(pairs))
+	return func() error { return s.CommitCtx(Begin(t.Context()), token, b, expiry) }
+}
+
+// puts returns what the attempts on a session's behalf would put, in the order in which they were sent.
+func fakePuts(txns []*etcdserverpb.TxnRequest, token string) (puts []*etcdserverpb.PutRequest) {
+	for _, txn := range txns {
+		for _, a := range fakeAttempts(txn) {
+			if string(a.Compare[0].Key) == fakePrefix+token && len(a.Success) > 0 {
+				puts = append(puts, a.Success[0].GetRequestPut())
+			}
+		}
+	}
+	return puts
+}
+
+// One session of a batch is on a lease that is lost: it gets another, with the same write id, and the others do not
+// notice.
+func TestPipeline_LostLease(t *testing.T) {
+	for name, lose := range map[string]func(t *testing.T, f *fakeEtcd, id clientv3.LeaseID){
+		"with its key": func(t *testing.T, f *fakeEtcd, id clientv3.LeaseID) {
+			if _, err := f.Revoke(t.Context(), id); err != nil {
+				t.Error(err)
+			}
+		},
+		"before its key": func(_ *testing.T, f *fakeEtcd, id clientv3.LeaseID) {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			delete(f.leases, id)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, f := newFakeStore(t)
+				wantErr(t, "a lease for an hour", committing(t, s, "1h", time.Hour, "a", 1)(), nil)
+				wantErr(t, "a lease for a day", committing(t, s, "24h", 24*time.Hour, "a", 1)(), nil)
+				lost := f.granted
+				release := stall(t, s, f)
+				var results []func() error
+				for i := range 10 {
+					life := time.Hour
+					if i == 5 {
+						life = 24 * time.Hour
+					}
+					results = append(results, started(committing(t, s, fmt.Sprint(i), life, "a", 1)))
+				}
+				lose(t, f, lost)
+				release()
+				for i, result := range results {
+					wantErr(t, fmt.Sprint("commit ", i), result(), nil)
+					f.wantSession(t, fmt.Sprint(i), 1, "a", 1)
+				}
+				puts := fakePuts(fakeSent[*etcdserverpb.TxnRequest](f), "5")
+				first, last := puts[0], puts[len(puts)-1]
+				a, _ := decodeRecord(first.Value)
+				b, _ := decodeRecord(last.Value)
+				if first.Lease == last.Lease || a.id != b.id {
+					t.Errorf("lease %x, then %x, write id %x, then %x", first.Lease, last.Lease, a.id, b.id)
+				}
+			})
+		})
+	}
+}
+
+// increment is a function for Update that tells how often it took effect.
+func increment(values map[string]any) error {
+	n, _ := values["n"].(int)
+	values["n"] = n + 1
+	return nil
+}
+
+// Whatever becomes of requests, what they carry happens once, and its callers are told so.
+func TestPipeline_UnknownOutcome(t *testing.T) {
+	type fates = []func(r *fakeRequest) error
+	for name, script := range map[string]fates{
+		"applied":                        {fakeLose},
+		"not applied":                    {fakeDrop},
+		"twice":                          {fakeDrop, fakeDrop},
+		"applied by the second":          {fakeDrop, fakeLose},
+		"and again":                      {fakeLose, fakeDrop, fakeLose, fakeLose},
+		"half of the answers lost":       {fakeLose, fakePass, fakeLose, fakePass, fakeLose, fakePass, fakeLose, fakePass},
+		"refused, applied":               {fakeAnswer(rpctypes.ErrGRPCNoLeader), fakeLose},
+		"applied, then refused a while":  {fakeLose, fakeAnswer(rpctypes.ErrGRPCRequestTooManyRequests)},
+		"out of space, yet applied":      {func(r *fakeRequest) error { return cmp.Or(r.apply(), rpctypes.ErrGRPCNoSpace) }},
+		"unknown, then denied, for once": {fakeLose, fakeAnswer(rpctypes.ErrGRPCPermissionDenied), fakeAnswer(rpctypes.ErrGRPCPermissionDenied)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, f := newFakeStore(t)
+				const n = 8
+				for i := range n {
+					f.seed(t, fmt.Sprint("update ", i), "n", 0)
+					f.seed(t, fmt.Sprint("delete ", i), "n", 0)
+				}
+				wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+				release := stall(t, s, f)
+				var results []func() error
+				for i := range n {
+					results = append(results,
+						started(committing(t, s, fmt.Sprint("create ", i), time.Hour, "n", 1)),
+						started(func() error { return s.Update(t.Context(), fmt.Sprint("update ", i), increment) }),
+						started(func() error { return s.Delete(fmt.Sprint("delete ", i)) }))
+				}
+				f.script(isAttempt, script...)
+				release()
+				for i, result := range results {
+					wantErr(t, fmt.Sprint("call ", i), result(), nil)
+				}
+				for i := range n {
+					f.wantSession(t, fmt.Sprint("create ", i), 1, "n", 1)
+					f.wantSession(t, fmt.Sprint("update ", i), 2, "n", 1)
+					f.wantSession(t, fmt.Sprint("delete ", i), 2)
+				}
+			})
+		})
+	}
+}
+
+// A create whose outcome is unknown is fenced before it is sent again: delivered late, the first one has no effect,
+// not even where the session has been deleted since.
+func TestPipeline_CreateIsFenced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+		fakeSent[any](f)
+		var late func() error
+		f.script(isAttempt, func(r *fakeRequest) error {
+			late = r.apply
+			return errFakeLost
+		})
+		wantErr(t, "commit", committing(t, s, "a", time.Hour, "n", 1)(), nil)
+		var steps []string
+		var fences []int64
+		for _, msg := range fakeSent[proto.Message](f) {
+			switch r := msg.(type) {
+			case *etcdserverpb.TxnRequest:
+				for _, a := range fakeAttempts(r) {
+					fences = append(fences, a.Compare[1].GetModRevision())
+					steps = append(steps, "create")
+				}
+			case *etcdserverpb.PutRequest:
+				steps = append(steps, "fence")
+			}
+		}
+		if got := strings.Join(steps, ", "); got != "create, fence, create" || fences[0] == fences[1] {
+			t.Errorf("%s, with fences %v", got, fences)
+		}
+
+		deliver := func() {
+			t.Helper()
+			if err := late(); err != nil {
+				t.Error(err)
+			}
+		}
+		deliver()
+		f.wantSession(t, "a", 1, "n", 1)
+		wantErr(t, "delete", s.Delete("a"), nil)
+		deliver()
+		f.wantSession(t, "a", 2)
+	})
+}
+
+// An update whose outcome is unknown is sent again as it is, to the byte, also when its batch has become smaller.
+func TestPipeline_ResendIsIdentical(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		for i := range 4 {
+			f.seed(t, fmt.Sprint(i))
+		}
+		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+		release := stall(t, s, f)
+		var results []func() error
+		for i := range 4 {
+			results = append(results,
+				started(committing(t, s, fmt.Sprint("new ", i), time.Hour)),
+				started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
+		}
+		f.script(isAttempt, fakeDrop, fakeDrop, fakeDrop, fakeDrop)
+		release()
+		for _, result := range results {
+			wantErr(t, "call", result(), nil)
+		}
+		sends := make(map[string][]*etcdserverpb.TxnRequest)
+		for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
+			for _, a := range fakeAttempts(txn) {
+				sends[string(a.Compare[0].Key)] = append(sends[string(a.Compare[0].Key)], a)
+			}
+		}
+		for i := range 4 {
+			same := sends[fakePrefix+fmt.Sprint(i)]
+			for _, a := range same[1:] {
+				if !proto.Equal(a, same[0]) {
+					t.Errorf("sent %v, then %v", same[0], a)
+				}
+			}
+			if len(same) < 2 {
+				t.Errorf("sent %d times", len(same))
+			}
+		}
+	})
+}
+
+// An attempt finds what it wrote although others have written over it, or deleted it, before it could know; and what it
+// did not write it writes then.
+func TestPipeline_Overtaken(t *testing.T) {
+	update := func(t *testing.T, s *EtcdStore) error { return s.Update(t.Context(), "a", increment) }
+	remove := func(_ *testing.T, s *EtcdStore) error { return s.Delete("a") }
+	create := func(t *testing.T, s *EtcdStore) error { return committing(t, s, "a", time.Hour, "n", 1)() }
+	type act = func(t *testing.T, s *EtcdStore) error
+	for name, c := range map[string]struct {
+		seeded   bool
+		ours     act
+		applied  bool
+		others   []act
+		want     error
+		versions int
+		n        int // -1: no session
+	}{
+		"update, applied, updated":                     {true, update, true, []act{update, update}, nil, 4, 3},
+		"update, applied, deleted":                     {true, update, true, []act{remove}, nil, 3, -1},
+		"update, applied, updated, deleted":            {true, update, true, []act{update, remove}, nil, 4, -1},
+		"update, applied, deleted, created":            {true, update, true, []act{remove, create}, nil, 4, 1},
+		"update, not applied, updated":                 {true, update, false, []act{update, update}, nil, 4, 3},
+		"update, not applied, deleted":                 {true, update, false, []act{remove}, ErrSessionGone, 2, -1},
+		"update, not applied, deleted, created":        {true, update, false, []act{remove, create}, nil, 4, 2},
+		"delete, applied, created":                     {true, remove, true, []act{create}, nil, 4, -1},
+		"delete, not applied, updated":                 {true, remove, false, []act{update}, nil, 3, -1},
+		"delete, not applied, deleted":                 {true, remove, false, []act{remove}, nil, 2, -1},
+		"create, applied, updated":                     {false, create, true, []act{update, update}, nil, 3, 3},
+		"create, applied, deleted":                     {false, create, true, []act{remove}, nil, 2, -1},
+		"create, applied, deleted, created":            {false, create, true, []act{remove, create, update}, nil, 4, 2},
+		"create, not applied, created, deleted":        {false, create, false, []act{create, remove}, nil, 3, 1},
+		"create, not applied, created, so overwritten": {false, create, false, []act{create, update, update}, nil, 4, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, f := newFakeStore(t)
+				other := newFakeStoreOn(t, f)
+				if c.seeded {
+					f.seed(t, "a", "n", 0)
+				}
+				f.script(isAttempt, func(r *fakeRequest) error {
+					if c.applied {
+						if err := r.apply(); err != nil {
+							t.Error(err)
+						}
+					}
+					for _, act := range c.others {
+						wantErr(t, "another process", act(t, other), nil)
+					}
+					return errFakeLost
+				})
+				wantErr(t, "ours", c.ours(t, s), c.want)
+				if c.n < 0 {
+					f.wantSession(t, "a", c.versions)
+				} else {
+					f.wantSession(t, "a", c.versions, "n", c.n)
+				}
+			})
+		})
+	}
+}
+
+// Where the history that would tell is compacted, the outcome stays unknown.
+func TestPipeline_CompactedHistory(t *testing.T) {
+	for _, seeded := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			s, f := newFakeStore(t)
+			other := newFakeStoreOn(t, f)
+			ours := committing(t, s, "a", time.Hour, "n", 1)
+			if seeded {
+				f.seed(t, "a", "n", 0)
+				ours = func() error { return s.Update(t.Context(), "a", increment) }
+			}
+			f.script(isAttempt, func(r *fakeRequest) error {
+				if err := r.apply(); err != nil {
+					t.Error(err)
+				}
+				wantErr(t, "another process", other.Update(t.Context(), "a", increment), nil)
+				wantErr(t, "another process", other.Delete("a"), nil)
+				f.compact(f.rev())
+				return errFakeLost
+			})
+			err := ours()
+			wantErr(t, "ours", err, ErrOutcomeUnknown)
+			wantErr(t, "ours", err, rpctypes.ErrCompacted)
+		})
+	}
+}
+
+// Where the history that tells is long, it is read in as many requests as it takes.
+func TestPipeline_LongHistory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		other := newFakeStoreOn(t, f)
+		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+		f.script(isAttempt, func(r *fakeRequest) error {
+			for range 3 * maxBatchKeys {
+				wantErr(t, "another process", other.Update(t.Context(), "warm", increment), nil)
+			}
+			if err := r.apply(); err != nil {
+				t.Error(err)
+			}
+			wantErr(t, "another process", other.Delete("a"), nil)
+			return errFakeLost
+		})
+		wantErr(t, "commit", committing(t, s, "a", time.Hour, "n", 1)(), nil)
+		f.wantSession(t, "a", 2)
+	})
+}
+
+// A transition with a guard goes alone, in its turn, and fails when the guard no longer holds; its neighbours go on.
+func TestPipeline_Guard(t *testing.T) {
+	for _, held := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			s, f := newFakeStore(t)
+			f.seed(t, "a", "n", 0)
+			if _, err := f.Put(t.Context(), "lock", ""); err != nil {
+				t.Fatal(err)
+			}
+			g := &guard{clientv3.Compare(clientv3.CreateRevision("lock"), "=", f.rev())}
+			do := func(g *guard) func() error {
+				return func() error {
+					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+					defer cancel()
+					v, err := s.reader.find(ctx, time.Now().Add(time.Minute), fakePrefix+"a")
+					if err != nil {
+						return err
+					}
+					return s.pipeline.do(ctx, time.Now().Add(time.Minute), &op{key: fakePrefix + "a", change: &update{fn: increment}, hint: v, guard: g})
+				}
+			}
+			release := stall(t, s, f)
+			var results []func() error
+			for _, g := range []*guard{nil, nil, g, g, nil, nil} {
+				results = append(results, started(do(g)))
+			}
+			if !held {
+				f.letPass(t, func() error {
+					_, err := f.Delete(t.Context(), "lock")
+					return err
+				})
+			}
+			release()
+			for i, result := range results {
+				var want error
+				if !held && (i == 2 || i == 3) {
+					want = errLockLost
+				}
+				err := result()
+				wantErr(t, fmt.Sprint("call ", i), err, want)
+				if want != nil {
+					wantErr(t, fmt.Sprint("call ", i), err, ErrConflict)
+				}
+			}
+			if held {
+				f.wantSession(t, "a", 5, "n", 6)
+			} else {
+				f.wantSession(t, "a", 3, "n", 4)
+			}
+		})
+	}
+}
+
+// A call whose context ends while it waits for others has no effect.
+func TestPipeline_WithdrawPending(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "a", "n", 0)
+		release := f.hold(isAttempt)
+		first := started(func() error { return s.Update(t.Context(), "a", increment) })
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		second := started(func() error { return s.Update(ctx, "a", increment) })
+		third := started(func() error { return s.Update(t.Context(), "a", increment) })
+		cancel()
+		err := second()
+		wantErr(t, "the cancelled one", err, context.Canceled)
+		if errors.Is(err, ErrOutcomeUnknown) {
+			t.Errorf("%v, of a call that was never sent", err)
+		}
+		release()
+		wantErr(t, "first", first(), nil)
+		wantErr(t, "third", third(), nil)
+		f.wantSession(t, "a", 3, "n", 2)
+	})
+}
+
+// A call whose context ends when it is folded but not sent, here for want of a lease, has no effect, and those that were
+// folded with it have theirs.
+func TestPipeline_WithdrawFolded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		release := stall(t, s, f)
+		grant := f.hold(isGrant)
+		ctx, cancel := context.WithCancel(Begin(t.Context()))
+		defer cancel()
+		before := started(commitOf(t, Begin(t.Context()), s, "a", "before", 1))
+		gone := started(commitOf(t, ctx, s, "a", "gone", 1))
+		after := started(commitOf(t, Begin(t.Context()), s, "a", "after", 1))
+		release()
+		synctest.Wait()
+		if n := len(fakeSent[*etcdserverpb.LeaseGrantRequest](f)); n != 1 {
+			t.Fatalf("%d leases are asked for, want 1", n)
+		}
+		cancel()
+		err := gone()
+		wantErr(t, "the cancelled one", err, context.Canceled)
+		if errors.Is(err, ErrOutcomeUnknown) {
+			t.Errorf("%v, of a call that was never sent", err)
+		}
+		grant()
+		wantErr(t, "before", before(), nil)
+		wantErr(t, "after", after(), nil)
+		f.wantSession(t, "a", 1, "before", 1, "after", 1)
+	})
+}
+
+// A call whose context ends when it was sent is told that its outcome is unknown, and goes on to its end. An Update is
+// not tried again after that, since its function must not run any more.
+func TestPipeline_WithdrawSent(t *testing.T) {
+	for _, overtaken := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			s, f := newFakeStore(t)
+			other := newFakeStoreOn(t, f)
+			f.seed(t, "update")
+			f.seed(t, "commit")
+			commits := Begin(t.Context())
+			ctx, cancel := context.WithCancel(commits)
+			defer cancel()
+			commit := commitOf(t, ctx, s, "commit", "ours", 1)
+			release := f.hold(isAttempt)
+			runs := 0
+			results := []func() error{
+				started(commit),
+				started(func() error {
+					return s.Update(ctx, "update", func(values map[string]any) error {
+						runs++
+						values["ours"] = 1
+						return nil
+					})
+				}),
+			}
+			cancel()
+			for _, result := range results {
+				err := result()
+				wantErr(t, "the cancelled one", err, ErrOutcomeUnknown)
+				wantErr(t, "the cancelled one", err, context.Canceled)
+			}
+			if overtaken {
+				f.letPass(t, func() error {
+					return errors.Join(
+						other.Update(t.Context(), "commit", setting("theirs", 1)),
+						other.Update(t.Context(), "update", setting("theirs", 1)))
+				})
+			}
+			release()
+			if overtaken {
+				f.wantSession(t, "commit", 3, "ours", 1, "theirs", 1)
+				f.wantSession(t, "update", 2, "theirs", 1)
+			} else {
+				f.wantSession(t, "commit", 2, "ours", 1)
+				f.wantSession(t, "update", 2, "ours", 1)
+			}
+			if runs != 1 {
+				t.Errorf("the function ran %d times, want once", runs)
+			}
+		})
+	}
+}
+
+// Update does not return while its function runs, whatever becomes of its context.
+func TestPipeline_WithdrawRunning(t *testing.T) { // not in a bubble, which would wait for a mutex
+	f := newFakeEtcd()
+	s := newStore(f, nil, fakePrefix, nil)
+	f.seed(t, "a")
+	for range 20 {
+		var returned atomic.Bool
+		ctx, cancel := context.WithCancel(t.Context())
+		err := s.Update(ctx, "a", func(map[string]any) error {
+			cancel()
+			for range 1000 {
+				runtime.Gosched()
+			}
+			if returned.Load() {
+				t.Error("Update has returned while its function runs")
+			}
+			return nil
+		})
+		returned.Store(true)
+		if err != nil && !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	}
+	mustClose(t, s)
+}
+
+// Close waits for what calls that have returned left to be settled.
+func TestPipeline_CloseWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "a")
+		release := f.hold(isAttempt)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		left := started(func() error { return s.Update(ctx, "a", setting("a", 1)) })
+		cancel()
+		wantErr(t, "the cancelled one", left(), ErrOutcomeUnknown)
+		var closed atomic.Bool
+		closing := started(func() error {
+			err := s.Close()
+			closed.Store(true)
+			return err
+		})
+		if closed.Load() {
+			t.Error("Close has not waited")
+		}
+		wantErr(t, "a call during Close", s.Update(t.Context(), "a", increment), ErrClosed)
+		release()
+		wantErr(t, "Close", closing(), nil)
+		f.wantSession(t, "a", 2, "a", 1)
+	})
+}
+
+// A store that is idle has no goroutine, and does nothing as time passes.
+func TestPipeline_Idle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		synctest.Wait()
+		goroutines := runtime.NumGoroutine()
+		s, f := newFakeStore(t)
+		for i := range 300 {
+			wantErr(t, "commit", committing(t, s, fmt.Sprint(i), time.Hour)(), nil)
+		}
+		f.script(isAttempt, fakeLose, fakeDrop)
+		wantErr(t, "update", s.Update(t.Context(), "1", increment), nil)
+		wantIdle(t, s)
+		if n := runtime.NumGoroutine(); n > goroutines {
+			t.Errorf("%d goroutines, %d before", n, goroutines)
+		}
+		fakeSent[any](f)
+		if n := testing.AllocsPerRun(100, func() { time.Sleep(time.Hour) }); n != 0 {
+			t.Errorf("%v allocations an hour", n)
+		}
+		if n := len(fakeSent[any](f)); n != 0 {
+			t.Errorf("%d requests while idle", n)
+		}
+	})
+}
+
+// modelCall is a call of the model test, and what it was told.
+type modelCall struct {
+	store  *EtcdStore
+	token  string
+	marker string // the key that a commit or an update adds; "" for a delete
+	err    error
+	begin  int64 // etcd's revisions when it began and when it returned
+	end    int64
+}
+
+func (c *modelCall) String() string {
+	return fmt.Sprintf("a call of session %s with marker %q, told %v, between revisions %d and %d,", c.token, c.marker, c.err, c.begin, c.end)
+}
+
+// modelRun is several processes that change a few sessions, over a network that loses, delays and repeats requests.
+type modelRun struct {
+	f      *fakeEtcd
+	stores []*EtcdStore
+	faults int // in a hundred requests
+
+	mu    sync.Mutex
+	rng   *rand.Rand
+	calls []*modelCall
+	lost  []func() error // attempts that the store had no answer to
+}
+
+// FuzzPipeline compares what calls were told with what has happened: all that was told to have happened has, once, and
+// until it was deleted; nothing else has; and nothing comes back.
+func FuzzPipeline(f *testing.F) {
+	for seed := range uint64(12) {
+		f.Add(seed, byte(4), byte(3*seed))
+	}
+	f.Fuzz(func(t *testing.T, seed uint64, workers, faults byte) {
+		synctest.Test(t, func(t *testing.T) {
+			m := &modelRun{f: newFakeEtcd(), faults: int(faults % 60), rng: rand.New(rand.NewPCG(seed, 0))}
+			for range 2 {
+				m.stores = append(m.stores, newFakeStoreOn(t, m.f))
+			}
+			m.f.intercept(m.network)
+			var wg sync.WaitGroup
+			for w := range int(workers)%8 + 1 {
+				wg.Go(func() { m.work(t, fmt.Sprint(w)) })
+			}
+			wg.Wait()
+			m.f.intercept(nil)
+			time.Sleep(time.Minute) // until the last delayed request has arrived
+			for _, s := range m.stores {
+				mustClose(t, s)
+			}
+			m.check(t)
+			for _, deliver := range m.lost {
+				_ = deliver()
+			}
+			m.check(t)
+		})
+	})
+}
+
+// roll returns a number from 0 to n-1.
+func (m *modelRun) roll(n int) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.rng.IntN(n)
+}
+
+// delay returns a random time up to n ms.
+func (m *modelRun) delay(n int) time.Duration {
+	return time.Duration(m.roll(1+1000*n)) * time.Microsecond
+}
+
+// network carries a request.
+func (m *modelRun) network(r *fakeRequest) error {
+	if _, ok := r.msg.(*etcdserverpb.PutRequest); !ok { // of a lease's key, under a mutex, over which time would not pass
+		time.Sleep(m.delay(3))
+	}
+	if m.roll(100) >= m.faults {
+		return r.apply()
+	}
+	fate := m.roll(8)
+	switch {
+	case fate == 0:
+		return rpctypes.ErrGRPCNoLeader
+	case fate == 6 && creates(r.txn()): // the client does not send them twice by itself, as attempts are short
+		return r.apply()
+	case isAttempt(r):
+		m.mu.Lock()
+		m.lost = append(m.lost, r.apply)
+		m.mu.Unlock()
+	}
+	switch fate {
+	case 1:
+		return fakeDrop(r)
+	case 2, 3:
+		return fakeLose(r)
+	case 4:
+		time.AfterFunc(m.delay(3000), func() { _ = r.apply() })
+		return rpctypes.ErrGRPCTimeout
+	case 5:
+		time.AfterFunc(m.delay(3000), func() { _ = r.apply() })
+		return fakeLose(r)
+	case 6:
+		_ = r.apply()
+		time.Sleep(m.delay(100))
+		return r.apply()
+	default:
+		if _, ok := r.msg.(*etcdserverpb.PutRequest); ok {
+			return fakeDrop(r)
+		}
+		return r.wait(nil)
+	}
+}
+
+// creates reports whether an attempt of the request compares that there is no session.
+func creates(txn *etcdserverpb.TxnRequest) bool {
+	return slices.ContainsFunc(fakeAttempts(txn), func(a *etcdserverpb.TxnRequest) bool { return a.Compare[0].GetModRevision() == 0 })
+}
+
+// work makes calls.
+func (m *modelRun) work(t *testing.T, name string) {
+	for i := range 30 {
+		time.Sleep(m.delay(5))
+		s := m.stores[m.roll(len(m.stores))]
+		c := &modelCall{store: s, token: fmt.Sprint("t", m.roll(3)), marker: fmt.Sprint(name, "-", i), begin: m.f.rev()}
+		ctx, cancel := t.Context(), context.CancelFunc(func() {})
+		if m.roll(4) == 0 {
+			ctx, cancel = context.WithTimeout(ctx, m.delay(300))
+		}
+		switch kind := m.roll(10); {
+		case kind < 5:
+			c.err = m.commit(t, ctx, s, c)
+		case kind < 9:
+			c.err = s.Update(ctx, c.token, setting(c.marker, 1))
+		default:
+			c.marker = ""
+			c.err = s.DeleteCtx(ctx, c.token)
+		}
+		cancel()
+		c.end = m.f.rev()
+		m.mu.Lock()
+		m.calls = append(m.calls, c)
+		m.mu.Unlock()
+	}
+}
+
+// commit finds a session, adds the call's marker to it, and commits it.
+func (m *modelRun) commit(t *testing.T, ctx context.Context, s *EtcdStore, c *modelCall) error {
+	ctx = Begin(ctx)
+	b, found, err := s.FindCtx(ctx, c.token)
+	if err != nil {
+		return err
+	}
+	values := make(map[string]any)
+	if found {
+		if _, values, err = s.codec.Decode(b); err != nil {
+			t.Error(err)
+		}
+	}
+	values[c.marker] = 1
+	time.Sleep(m.delay(5))
+	life := []time.Duration{10 * time.Minute, time.Hour, 24 * time.Hour}[m.roll(3)]
+	return s.CommitCtx(ctx, c.token, gobSession(t, day0, values), time.Now().Add(life))
+}
+
+// check compares what the calls were told with the history.
+func (m *modelRun) check(t *testing.T) {
+	t.Helper()
+	m.f.mu.Lock()
+	defer m.f.mu.Unlock()
+	added := make(map[string][]int64) // the revisions at which a session came to have a marker that it had not
+	for i := range 3 {
+		m.checkSession(t, fmt.Sprint("t", i), added)
+	}
+	var happened, unknown int
+	for _, c := range m.calls {
+		times := added[c.marker]
+		switch {
+		case errors.Is(c.err, ErrOutcomeUnknown):
+			unknown++
+			if len(times) > 1 {
+				t.Errorf("%v has happened at %v", c, times)
+			}
+		case c.err == nil && c.marker != "":
+			happened++
+			if len(times) == 0 && m.deletedWith(c) {
+				continue
+			}
+			if len(times) != 1 || times[0] <= c.begin || times[0] > c.end {
+				t.Errorf("%v has happened at %v", c, times)
+			}
+		case errors.Is(c.err, ErrSessionGone):
+			if len(times) > 0 || !m.absent(c) {
+				t.Errorf("%v has happened at %v, deleted: %t", c, times, m.absent(c))
+			}
+		case c.err == nil, errors.Is(c.err, context.DeadlineExceeded):
+			if len(times) > 0 {
+				t.Errorf("%v has happened at %v", c, times)
+			}
+		default:
+			t.Error(c)
+		}
+	}
+	t.Logf("%d calls, %d happened, %d unknown, %d revisions", len(m.calls), happened, unknown, m.f.revision)
+}
+
+// checkSession checks the history of a session, and notes when which markers were added.
+func (m *modelRun) checkSession(t *testing.T, token string, added map[string][]int64) {
+	t.Helper()
+	var before map[string]any
+	for _, kv := range m.f.history[fakePrefix+token] {
+		after := fakeValues(t, kv)
+		for marker := range after {
+			if before[marker] == nil {
+				added[marker] = append(added[marker], kv.ModRevision)
+			}
+		}
+		for marker := range before {
+			if after[marker] == nil && (kv.Version == 0 && kv.Lease != 0 || !m.deleting(token, kv.ModRevision)) {
+				t.Errorf("%s lost %s at %d, by lease %d", token, marker, kv.ModRevision, kv.Lease)
+				break
+			}
+		}
+		before = after
+	}
+	for _, c := range m.calls {
+		if c.token == token && c.marker == "" && c.err == nil {
+			old, now := m.f.at(fakePrefix+token, c.begin), m.f.at(fakePrefix+token, c.end)
+			if old == nil || now == nil {
+				continue
+			}
+			left := fakeValues(t, now)
+			for marker := range fakeValues(t, old) {
+				if left[marker] != nil {
+					t.Errorf("%v, and %s is there at its end", c, marker)
+				}
+			}
+		}
+	}
+}
+
+// deleting reports whether a call may have deleted the session at a revision.
+func (m *modelRun) deleting(token string, revision int64) bool {
+	return slices.ContainsFunc(m.calls, func(c *modelCall) bool {
+		unknown := errors.Is(c.err, ErrOutcomeUnknown)
+		return c.token == token && c.marker == "" && c.begin < revision && (unknown || c.err == nil && c.end >= revision)
+	})
+}
+
+// absent reports whether there was no session at some moment of a call.
+func (m *modelRun) absent(c *modelCall) bool {
+	for rev := c.begin; rev <= c.end; rev++ {
+		if m.f.at(fakePrefix+c.token, rev) == nil {
+			return true
+		}
+	}
+	return m.deletedWith(c)
+}
+
+// deletedWith reports whether a call may have been folded with a deletion of the session. Then history shows only what
+// came of both.
+func (m *modelRun) deletedWith(c *modelCall) bool {
+	return slices.ContainsFunc(m.calls, func(o *modelCall) bool {
+		return o.store == c.store && o.token == c.token && o.marker == "" && o.begin <= c.end && c.begin <= o.end
+	})
+}
