@@ -48,9 +48,9 @@ func (g *gate) wait() {
 	<-open
 }
 
-// inFlight has 8 requests of b load the session, each to set a key of its own. When all have, they go on to commit, and act
-// runs at the same time. All of them must get the response that they would get without it.
-func (f *farm) inFlight(t *testing.T, b *browser, act func()) {
+// inFlight has 8 requests of b load the session, each to set a key of its own. When all have, act runs; they go on to commit
+// when it says so. All of them must get the response that they would get without it.
+func (f *farm) inFlight(t *testing.T, b *browser, act func(goOn func())) {
 	t.Helper()
 	const requests = 8
 	f.gate.mu.Lock()
@@ -66,8 +66,7 @@ func (f *farm) inFlight(t *testing.T, b *browser, act func()) {
 		})
 	}
 	f.gate.loaded.Wait()
-	wg.Go(act)
-	close(f.gate.open)
+	act(func() { close(f.gate.open) })
 	wg.Wait()
 }
 
@@ -275,7 +274,8 @@ func TestRace_Logout(t *testing.T) {
 	for n := range 200 {
 		b := newBrowser(t)
 		b.get(t, f.url(n, "/login?user=alice"))
-		f.inFlight(t, b, func() {
+		f.inFlight(t, b, func(goOn func()) {
+			goOn()
 			if p := b.get(t, f.url(n, "/logout")); p.status != http.StatusOK {
 				t.Errorf("logout: %d", p.status)
 			}
@@ -296,7 +296,10 @@ func TestRace_RenewToken(t *testing.T) {
 	for n := range 50 {
 		b := newBrowser(t)
 		b.get(t, f.url(n, "/login?user=alice"))
-		f.inFlight(t, b, func() { b.get(t, f.url(n, "/renew")) })
+		f.inFlight(t, b, func(goOn func()) {
+			goOn()
+			b.get(t, f.url(n, "/renew"))
+		})
 		f.wantOneLogin(t, "alice", func(map[string]any) bool { return true })
 		if err := f.destroyAll(t); err != nil {
 			t.Fatal(err)
@@ -311,7 +314,10 @@ func TestRace_DestroyAndLoginAgain(t *testing.T) {
 	for n := range 50 {
 		b := newBrowser(t)
 		b.get(t, f.url(n, "/login?user=alice"))
-		f.inFlight(t, b, func() { b.get(t, f.url(n, "/switch")) })
+		f.inFlight(t, b, func(goOn func()) {
+			goOn()
+			b.get(t, f.url(n, "/switch"))
+		})
 		f.wantOneLogin(t, "bob", func(s map[string]any) bool { return len(s) == 1 })
 		if err := f.destroyAll(t); err != nil {
 			t.Fatal(err)
@@ -334,18 +340,19 @@ func (f *farm) destroyAll(t *testing.T) error {
 	return f.managers[0].Iterate(Begin(t.Context()), func(ctx context.Context) error { return f.managers[0].Destroy(ctx) })
 }
 
-// Everybody logs out at once, while requests are in flight.
+// Everybody logs out at once, before requests that are in flight commit.
 func TestRace_DestroyDestroy(t *testing.T) {
 	f := newFarm(t, loadAndSave)
 	for n := range 30 {
 		b := newBrowser(t)
 		b.get(t, f.url(n, "/login?user=alice"))
-		f.inFlight(t, b, func() {
+		f.inFlight(t, b, func(goOn func()) {
 			for _, p := range f.storm(t, b, 8, func(int) string { return "/logout" }) {
 				if p.status != http.StatusOK {
 					t.Errorf("logout: %d %s", p.status, p.body)
 				}
 			}
+			goOn()
 		})
 		if left := f.sessions(t); len(left) != 0 {
 			t.Fatalf("round %d: %v", n, left)
