@@ -275,31 +275,37 @@ func stall(t *testing.T, s *EtcdStore, f *fakeEtcd) (release func()) {
 	}
 }
 
-// The transitions of one session take effect in the order in which they came, and those that wait together are one
-// write.
+// The transitions of one session take effect in the order in which they came, also where the first of them has to be
+// folded again; and those that wait together are one write.
 func TestPipeline_Order(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s, f := newFakeStore(t)
-		f.seed(t, "a")
-		release := f.hold(isAttempt)
-		var results []func() error
-		want := ""
-		for i := range 20 {
-			want += fmt.Sprint(i, " ")
-			results = append(results, started(func() error {
-				return s.Update(t.Context(), "a", func(values map[string]any) error {
-					log, _ := values["log"].(string)
-					values["log"] = log + fmt.Sprint(i, " ")
-					return nil
-				})
-			}))
-		}
-		release()
-		for i, result := range results {
-			wantErr(t, fmt.Sprint("update ", i), result(), nil)
-		}
-		f.wantSession(t, "a", 3, "log", want) // the seed, the first, and the fold of the others
-	})
+	for _, overtaken := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			s, f := newFakeStore(t)
+			other := newFakeStoreOn(t, f)
+			f.seed(t, "a", "log", "")
+			release := f.hold(isAttempt)
+			var results []func() error
+			want := ""
+			for i := range 20 {
+				want += fmt.Sprint(i, " ")
+				results = append(results, started(func() error {
+					return s.Update(t.Context(), "a", func(values map[string]any) error {
+						values["log"] = values["log"].(string) + fmt.Sprint(i, " ")
+						return nil
+					})
+				}))
+			}
+			if overtaken {
+				want = "other " + want
+				f.letPass(t, func() error { return other.Update(t.Context(), "a", setting("log", "other ")) })
+			}
+			release()
+			for i, result := range results {
+				wantErr(t, fmt.Sprint("update ", i), result(), nil)
+			}
+			f.wantSession(t, "a", 3, "log", want) // the seed, the first or the other, and the fold
+		})
+	}
 }
 
 // 64 transitions of one session that wait together are one write, and each gets its own result: what fails among them
@@ -528,7 +534,8 @@ func TestPipeline_FewerOperations(t *testing.T) {
 // In a batch that etcd refuses as a whole only the culprit fails, if anything has to.
 func TestPipeline_PoisonedBatch(t *testing.T) {
 	unregistered := struct{ A int }{1}
-	thirdIs := func(c Conflict) (any, error) { panic(c.Key) }
+	conflicting := gobSession(t, day0, map[string]any{"n": 2})
+	panicking := func(c Conflict) (any, error) { panic(c.Key) }
 	for name, c := range map[string]struct {
 		bad    func(s *EtcdStore, ctx context.Context) error
 		poison func(f *fakeEtcd)
@@ -558,15 +565,14 @@ func TestPipeline_PoisonedBatch(t *testing.T) {
 		},
 		"resolver panics": {
 			bad: func(s *EtcdStore, ctx context.Context) error {
-				return s.CommitCtx(ctx, "bad", gobSession(&testing.T{}, time.Now().Add(time.Hour), map[string]any{"n": 2}), time.Now().Add(time.Hour))
+				return s.CommitCtx(ctx, "bad", conflicting, day0)
 			},
-			poison: nil,
 			panics: "n",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s, f := newFakeStore(t, WithResolver(thirdIs))
+				s, f := newFakeStore(t, WithResolver(panicking))
 				f.seed(t, "bad", "n", 0)
 				for i := range 10 {
 					f.seed(t, fmt.Sprint(i))
@@ -868,7 +874,7 @@ func TestPipeline_Overtaken(t *testing.T) {
 		"update, not applied, updated":                 {true, update, false, []act{update, update}, nil, 4, 3},
 		"update, not applied, deleted":                 {true, update, false, []act{remove}, ErrSessionGone, 2, -1},
 		"update, not applied, deleted, created":        {true, update, false, []act{remove, create}, nil, 4, 2},
-		"delete, applied, created":                     {true, remove, true, []act{create}, nil, 4, -1},
+		"delete, applied, created":                     {true, remove, true, []act{create}, nil, 3, 1},
 		"delete, not applied, updated":                 {true, remove, false, []act{update}, nil, 3, -1},
 		"delete, not applied, deleted":                 {true, remove, false, []act{remove}, nil, 2, -1},
 		"create, applied, updated":                     {false, create, true, []act{update, update}, nil, 3, 3},
@@ -885,6 +891,7 @@ func TestPipeline_Overtaken(t *testing.T) {
 					f.seed(t, "a", "n", 0)
 				}
 				f.script(isAttempt, func(r *fakeRequest) error {
+					f.seed(t, "noise")
 					if c.applied {
 						if err := r.apply(); err != nil {
 							t.Error(err)
@@ -1016,7 +1023,7 @@ func TestPipeline_WithdrawPending(t *testing.T) {
 		first := started(func() error { return s.Update(t.Context(), "a", increment) })
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		second := started(func() error { return s.Update(ctx, "a", increment) })
+		second := started(commitOf(t, Begin(ctx), s, "a", "second", 1))
 		third := started(func() error { return s.Update(t.Context(), "a", increment) })
 		cancel()
 		err := second()
@@ -1264,24 +1271,28 @@ func (m *modelRun) delay(n int) time.Duration {
 
 // network carries a request.
 func (m *modelRun) network(r *fakeRequest) error {
-	if _, ok := r.msg.(*etcdserverpb.PutRequest); !ok { // of a lease's key, under a mutex, over which time would not pass
+	_, put := r.msg.(*etcdserverpb.PutRequest)
+	if !put { // of a lease's key, under a mutex: with others waiting for that, time would not pass in the bubble
 		time.Sleep(m.delay(3))
 	}
 	if m.roll(100) >= m.faults {
 		return r.apply()
 	}
 	fate := m.roll(8)
-	switch {
-	case fate == 0:
-		return rpctypes.ErrGRPCNoLeader
-	case fate == 6 && creates(r.txn()): // the client does not send them twice by itself, as attempts are short
-		return r.apply()
-	case isAttempt(r):
+	if put {
+		fate %= 6
+	}
+	if creates(r.txn()) { // a send arrives once at most; with all others once more makes no difference
+		r.apply = sync.OnceValue(r.apply)
+	}
+	if fate != 0 && isAttempt(r) {
 		m.mu.Lock()
 		m.lost = append(m.lost, r.apply)
 		m.mu.Unlock()
 	}
 	switch fate {
+	case 0:
+		return rpctypes.ErrGRPCNoLeader
 	case 1:
 		return fakeDrop(r)
 	case 2, 3:
@@ -1297,9 +1308,6 @@ func (m *modelRun) network(r *fakeRequest) error {
 		time.Sleep(m.delay(100))
 		return r.apply()
 	default:
-		if _, ok := r.msg.(*etcdserverpb.PutRequest); ok {
-			return fakeDrop(r)
-		}
 		return r.wait(nil)
 	}
 }

@@ -149,6 +149,7 @@ func (p *pipeline) unguarded(a *attempt, ans answer) bool {
 		p.leave(a)
 		go p.dispatch([]*attempt{a})
 	case a.guard != nil:
+		a.unknown = false // an earlier send compares the same guard, and a lock that was lost does not come back
 		p.fail(a, errLockLost)
 	default:
 		p.requeue(a, ans.current)
@@ -160,11 +161,13 @@ func (p *pipeline) unguarded(a *attempt, ans answer) bool {
 // attempt itself whose answer was lost, also behind our back: the client resends when a server gives up on a request.
 func (p *pipeline) overtaken(a *attempt, current *version) {
 	switch {
-	case a.kind != writePut:
+	case a.kind == writeNothing:
 		p.requeue(a, current)
-	case current.rev != 0 && current.id == a.record.id:
+	case a.kind == writeDelete && !a.unknown && current.rev != 0:
+		p.requeue(a, current)
+	case a.kind == writePut && current.rev != 0 && current.id == a.record.id:
 		p.found(a, current)
-	case !a.unknown && !a.mayPrecede(current):
+	case a.kind == writePut && !a.unknown && !a.mayPrecede(current):
 		p.requeue(a, current)
 	default:
 		go p.trace(a, current)
@@ -197,6 +200,7 @@ func (p *pipeline) trace(a *attempt, current *version) {
 	written, err := p.inHistory(ctx, a, current.asOf)
 	switch {
 	case err != nil:
+		a.unknown = true
 		p.giveUp(a, err)
 	case written:
 		p.settled(a, current)
@@ -205,11 +209,19 @@ func (p *pipeline) trace(a *attempt, current *version) {
 	}
 }
 
-// inHistory reports whether a's write is a version of its session at a revision up to last. It reads the session as
-// of every revision since the first send, many in a request; mostly there are a few. A watch could tell as well, but
-// etcd's watchers catch up with history only every 100 ms, and do not tell where it ends if nothing more happens.
+// inHistory reports whether a's write is a version of its session at a revision up to last. For a delete, which bears no
+// write id, the write is that the base was followed by no session: if others did that, a's transitions may as well have
+// come right before, and deleting once more what was created since would be to do it twice.
+//
+// It reads the session as of every revision since the first send, many in a request; mostly there are a few. A watch could
+// tell as well, but etcd's watchers catch up with history only every 100 ms, and do not tell where it ends if nothing more
+// happens.
 func (p *pipeline) inHistory(ctx context.Context, a *attempt, last int64) (bool, error) {
-	for rev := a.since + 1; rev <= last; {
+	from := a.since
+	if a.base.rev == 0 {
+		from++
+	}
+	for rev := from; rev <= last; {
 		n := min(last-rev+1, int64(p.conn.batchKeys()))
 		gets := make([]clientv3.Op, n)
 		for i := range gets {
@@ -224,11 +236,13 @@ func (p *pipeline) inHistory(ctx context.Context, a *attempt, last int64) (bool,
 		if err != nil {
 			return false, err
 		}
-		for _, r := range resp.Responses {
+		for i, r := range resp.Responses {
 			v := p.decode(r.GetResponseRange().Kvs, resp.Header.Revision)
 			switch {
-			case v.rev != 0 && v.id == a.record.id:
+			case a.kind == writePut && v.rev != 0 && v.id == a.record.id:
 				return true, nil
+			case a.kind == writeDelete && v.rev == 0:
+				return rev+int64(i) > a.since, nil // else the base had gone before the first send
 			case a.base.rev != 0 && v.rev != a.base.rev:
 				return false, nil // the base was overtaken, for good
 			}
@@ -369,6 +383,10 @@ func (p *pipeline) giveUp(a *attempt, cause error) {
 
 // fail ends an attempt that was refused for good. Where it is a fold, each of its transitions is tried alone.
 func (p *pipeline) fail(a *attempt, err error) {
+	if a.unknown { // an earlier send of it may yet be applied
+		p.giveUp(a, err)
+		return
+	}
 	p.leave(a)
 	if len(a.ops) > 1 {
 		for _, o := range a.ops {
