@@ -40,11 +40,12 @@ func (c *conn) batchKeys() int { return max(maxBatchKeys>>c.halvings.Load(), 1) 
 
 // do sends op and notes the revision of the answer.
 func (c *conn) do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
+	halvings := c.halvings.Load()
 	resp, err := c.Do(ctx, op)
 	if err != nil {
 		err = clientv3.ContextError(ctx, err)
 		if classify(err) == classTooManyOps && c.batchKeys() > 1 {
-			c.halvings.Add(1)
+			c.halvings.CompareAndSwap(halvings, halvings+1) // once for all that were under way
 		}
 		return resp, err
 	}

@@ -76,6 +76,7 @@ type lease struct {
 	// Guarded by leasePool.mu.
 	fence    int64 // mod revision of key
 	sessions int   // attached by this process, less those that it saw leave
+	revoking bool  // nothing is attached to it any more, whatever its fence
 	suspect  bool  // an attempt's outcome is unknown: the fence must move before the next attempt
 }
 
@@ -301,7 +302,7 @@ func (p *leasePool) fenced(l *lease, rev int64) bool {
 		return false
 	}
 	l.fence = max(l.fence, rev)
-	return true
+	return !l.revoking
 }
 
 // seatAgain returns the seat with the fence as it is now.
@@ -369,7 +370,10 @@ func (p *leasePool) revokeUnused(ctx context.Context, l *lease) error {
 	if err != nil || !unused {
 		return err
 	}
-	// From here on nothing can be attached to it any more.
+	// From here on nothing can be attached to it any more: those with its old fence fail, and fenced gives no new one.
+	p.mu.Lock()
+	l.revoking = true
+	p.mu.Unlock()
 	if _, err := p.conn.do(ctx, clientv3.OpDelete(l.key)); err != nil {
 		return err
 	}

@@ -87,6 +87,7 @@ type transition interface {
 type state struct {
 	image *image // nil: there is no session
 	rev   int64  // its mod revision; 0 where a transition in the same fold made the image
+	born  int64  // the revision that created its key; 0 where a transition in the same fold deleted the session before
 	now   millis
 }
 
@@ -310,7 +311,7 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 	a := &attempt{queue: q, base: newest(q.known, ops)}
 	now := p.now()
 	current := a.base.live(now)
-	cur := state{image: current, rev: a.base.rev, now: now}
+	cur := state{image: current, rev: a.base.rev, born: a.base.created, now: now}
 	wall := time.Now()
 	changed := false
 	for _, o := range ops {
@@ -331,10 +332,20 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 			if o.made != cur.image {
 				cur.image, cur.rev = o.made, 0
 			}
+			if o.made == nil {
+				cur.born = 0
+			}
 		}
 	}
-	if !changed { // what failed did so over the base, which is no guess for it
+	if len(a.ops) == 0 {
 		p.settled(a, a.base)
+		return nil
+	}
+	if !changed {
+		if a.base.rev != 0 && a.base.err == nil && current == nil {
+			return a // it has expired, unless others have moved its expiry since it was read: that is still a guess
+		}
+		p.settled(a, a.base) // what failed did so over the base, which is no guess for it
 		return nil
 	}
 	a.final = cur.image
@@ -409,7 +420,7 @@ func (p *pipeline) leave(a *attempt) {
 }
 
 // dispatch sends attempts: those without a lease wait for one apart from the others, large ones go alone, and the
-// rest in as few batches as the limit on bytes allows, the first of them in this goroutine.
+// rest in as few batches as the limit on bytes allows, the last of them in this goroutine.
 func (p *pipeline) dispatch(attempts []*attempt) {
 	var batch, leaseless []*attempt
 	size := 0

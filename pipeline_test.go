@@ -1,6 +1,7 @@
 package etcdstore
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -1177,8 +1178,6 @@ func TestPipeline_CloseWaits(t *testing.T) {
 // A store that is idle has no goroutine, and does nothing as time passes.
 func TestPipeline_Idle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		synctest.Wait()
-		goroutines := runtime.NumGoroutine()
 		s, f := newFakeStore(t)
 		for i := range 300 {
 			wantErr(t, "commit", committing(t, s, fmt.Sprint(i), time.Hour)(), nil)
@@ -1186,8 +1185,13 @@ func TestPipeline_Idle(t *testing.T) {
 		f.script(isAttempt, fakeLose, fakeDrop)
 		wantErr(t, "update", s.Update(t.Context(), "1", increment), nil)
 		wantIdle(t, s)
-		if n := runtime.NumGoroutine(); n > goroutines {
-			t.Errorf("%d goroutines, %d before", n, goroutines)
+		synctest.Wait()
+		stacks := make([]byte, 8<<20)
+		stacks = stacks[:runtime.Stack(stacks, true)]
+		for _, owner := range []string{"pipeline", "reader", "leasePool", "lane"} {
+			if bytes.Contains(stacks, []byte("etcdstore.(*"+owner+").")) {
+				t.Errorf("a goroutine of the %s is left:\n%s", owner, stacks)
+			}
 		}
 		fakeSent[any](f)
 		if n := testing.AllocsPerRun(100, func() { time.Sleep(time.Hour) }); n != 0 {
@@ -1277,6 +1281,9 @@ func (m *modelRun) network(r *fakeRequest) error {
 	}
 	if m.roll(100) >= m.faults {
 		return r.apply()
+	}
+	if m.roll(50) == 0 {
+		m.f.compact(m.f.rev())
 	}
 	fate := m.roll(8)
 	if put {

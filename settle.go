@@ -182,7 +182,7 @@ func (a *attempt) mayPrecede(current *version) bool {
 	case current.rev <= a.since:
 		return false // it was there before the first send, and so had the base been overtaken
 	case a.base.rev == 0:
-		return current.nth > 1
+		return current.created > a.since
 	}
 	return current.created != a.base.created || current.nth != a.base.nth+1
 }
@@ -233,6 +233,9 @@ func (p *pipeline) inHistory(ctx context.Context, a *attempt, last int64) (bool,
 			resp = answer.Txn()
 			return err
 		})
+		if classify(err) == classTooManyOps && n > int64(p.conn.batchKeys()) {
+			continue // batches have become smaller
+		}
 		if err != nil {
 			return false, err
 		}

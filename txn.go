@@ -192,12 +192,17 @@ func (c *commit) next(cur state) (*image, error) {
 	switch {
 	case c.base == nil, c.base.image == nil && cur.image == nil:
 		return c.ours, nil
-	case cur.image == nil:
+	case cur.image == nil, c.reborn(cur):
 		return nil, ErrSessionGone
 	case cur.rev != 0 && cur.rev == c.base.rev:
 		return c.ours, nil
 	}
 	return c.merged(cur.image)
+}
+
+// reborn reports whether the session that was read has been deleted since, and another created under its token.
+func (c *commit) reborn(cur state) bool {
+	return c.base.image != nil && c.base.version != nil && c.base.version.created != cur.born
 }
 
 // merged merges the commit into theirs. What does not decode is a conflict.
