@@ -316,6 +316,9 @@ func (*update) prepare() {}
 // never runs after Update has returned. The session's expiry and deadline stay as they are, and where fn changes
 // nothing, nothing is written.
 //
+// fn runs on a goroutine of the store, beside others' sessions: it must return or panic, which reaches Update's caller, but
+// not end its goroutine (runtime.Goexit, as testing.T.FailNow does).
+//
 // An error of fn aborts, and Update returns it as it is. Where there is no such session, or it goes meanwhile, the
 // error is ErrSessionGone. Update stands outside of a transaction in ctx: the read set does not change.
 func (e *EtcdStore) Update(ctx context.Context, token string, fn func(values map[string]any) error) error {
