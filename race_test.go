@@ -230,11 +230,9 @@ func TestRace_SameKey(t *testing.T) {
 	}
 }
 
-// The same with Retry: all of them count.
-func TestRace_SameKeyRetry(t *testing.T) {
-	f := newFarm(t, func(s *EtcdStore, sm *scs.SessionManager, mux *http.ServeMux) http.Handler {
-		return s.Retry(sm.LoadAndSave(mux))
-	})
+// wantAllCounted has 64 requests increment one counter at the same time, all of which must succeed and count.
+func (f *farm) wantAllCounted(t *testing.T) {
+	t.Helper()
 	b := newBrowser(t)
 	b.get(t, f.url(0, "/login?user=alice"))
 	for i, p := range f.storm(t, b, 64, func(int) string { return "/increment" }) {
@@ -247,6 +245,14 @@ func TestRace_SameKeyRetry(t *testing.T) {
 	}
 }
 
+// The same with Retry: all of them count.
+func TestRace_SameKeyRetry(t *testing.T) {
+	f := newFarm(t, func(s *EtcdStore, sm *scs.SessionManager, mux *http.ServeMux) http.Handler {
+		return s.Retry(sm.LoadAndSave(mux))
+	})
+	f.wantAllCounted(t)
+}
+
 // The same with a resolver that sums.
 func TestRace_SameKeyResolver(t *testing.T) {
 	sum := func(c Conflict) (any, error) {
@@ -256,16 +262,7 @@ func TestRace_SameKeyResolver(t *testing.T) {
 		return theirs + ours - base, nil
 	}
 	f := newFarm(t, loadAndSave, WithResolver(sum))
-	b := newBrowser(t)
-	b.get(t, f.url(0, "/login?user=alice"))
-	for i, p := range f.storm(t, b, 64, func(int) string { return "/increment" }) {
-		if p.status != http.StatusOK {
-			t.Errorf("request %d: %d %s", i, p.status, p.body)
-		}
-	}
-	if got := b.get(t, f.url(1, "/get?key=n")).body; got != "64" {
-		t.Errorf("counted %s of 64", got)
-	}
+	f.wantAllCounted(t)
 }
 
 // A logout while 8 requests are in flight, 200 times: the session does not come back, and no request fails.

@@ -29,11 +29,10 @@ import (
 // The length and what follows it keep their distance from the end in every version, so that an older reader
 // can tell a newer record from a value without a trailer, which is a session of scs's own etcdstore.
 const (
-	recordVersion  = 1
-	recordMagic    = "\xe7scsetcd"
-	recordTailLen  = 2 + 4 + len(recordMagic)
-	recordTrailer  = 37 + recordTailLen
-	maxPrefixBytes = math.MaxUint32
+	recordVersion = 1
+	recordMagic   = "\xe7scsetcd"
+	recordTailLen = 2 + 4 + len(recordMagic)
+	recordTrailer = 37 + recordTailLen
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

@@ -61,7 +61,7 @@ func TestRecord_RoundTrip(t *testing.T) {
 		{"expires never", record{expiry: forever, leaseEnd: forever}},
 		{"lease not known", record{payload: []byte("x"), expiry: 5}},
 		{"no prefix", record{payload: []byte("x"), prefixLen: 0, expiry: 5}},
-		{"longest prefix", record{payload: []byte("x"), prefixLen: maxPrefixBytes, expiry: 5}},
+		{"longest prefix", record{payload: []byte("x"), prefixLen: math.MaxUint32, expiry: 5}},
 		{"payload that is a record", record{payload: nested.encode(), prefixLen: 3, expiry: 5, id: writeID{7}}},
 		{"payload that ends in the magic", record{payload: []byte(recordMagic), prefixLen: 3, expiry: 5}},
 	} {

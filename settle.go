@@ -161,9 +161,7 @@ func (p *pipeline) unguarded(a *attempt, ans answer) bool {
 // attempt itself whose answer was lost, also behind our back: the client resends when a server gives up on a request.
 func (p *pipeline) overtaken(a *attempt, current *version) {
 	switch {
-	case a.kind == writeNothing:
-		p.requeue(a, current)
-	case a.kind == writeDelete && !a.unknown && current.rev != 0:
+	case a.kind == writeNothing, a.kind == writeDelete && !a.unknown && current.rev != 0:
 		p.requeue(a, current)
 	case a.kind == writePut && current.rev != 0 && current.id == a.record.id:
 		p.found(a, current)
@@ -311,14 +309,11 @@ func (p *pipeline) settleCreate(a *attempt) {
 		return
 	}
 	current, err := p.read(ctx, a.queue.key)
-	switch {
-	case err != nil:
+	if err != nil {
 		p.giveUp(a, err)
-	case current.rev != 0 && current.id == a.record.id:
-		p.found(a, current)
-	default:
-		p.trace(a, current)
+		return
 	}
+	p.overtaken(a, current)
 }
 
 // settleRefused settles an attempt that etcd has refused for want of space, which it also answers to the write that

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"net/http"
 	"net/http/cookiejar"
 	"net/http/httptest"
@@ -20,7 +19,6 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/namespace"
-	"go.uber.org/zap"
 
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
 )
@@ -654,18 +652,7 @@ func TestStore_CancelledContext(t *testing.T) {
 
 // Nothing listens there: every call returns within its time, with an error that says so and names no token.
 func TestStore_NoEtcd(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
-	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{addr}, Logger: zap.NewNop()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer cli.Close()
-	s := New(cli, WithTimeout(300*time.Millisecond))
+	s := New(unreachable(t), WithTimeout(300*time.Millisecond))
 	_, _, findErr := s.Find("token")
 	_, allErr := s.All()
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
