@@ -32,6 +32,7 @@ const maxBatchKeys = 120
 type conn struct {
 	etcd
 	revision atomic.Int64 // the latest that it is known to have had
+	heard    atomic.Int64 // when an answer said so last, in Unix nanoseconds
 	halvings atomic.Int32 // of maxBatchKeys, because its limit on operations is set lower
 }
 
@@ -56,11 +57,14 @@ func (c *conn) do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, err
 		c.saw(resp.Get().Header)
 	case resp.Put() != nil:
 		c.saw(resp.Put().Header)
+	case resp.Del() != nil:
+		c.saw(resp.Del().Header)
 	}
 	return resp, nil
 }
 
 func (c *conn) saw(h *etcdserverpb.ResponseHeader) {
+	c.heard.Store(time.Now().UnixNano())
 	for {
 		known := c.revision.Load()
 		if h.GetRevision() <= known || c.revision.CompareAndSwap(known, h.GetRevision()) {
@@ -68,6 +72,10 @@ func (c *conn) saw(h *etcdserverpb.ResponseHeader) {
 		}
 	}
 }
+
+// stale reports whether revision is not that of the last second. Whoever is about to write then reads first: what became of
+// a write that fails its compare is told by the history since the revision before it, which must not be long, nor compacted.
+func (c *conn) stale() bool { return time.Now().UnixNano()-c.heard.Load() > int64(time.Second) }
 
 // retry calls try until it gives a definite answer or ctx ends, each time with a bounded context. It is for
 // requests that may be sent twice. The error is etcd's, or that of ctx with what etcd said last.

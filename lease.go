@@ -23,6 +23,8 @@ const (
 	// leaseSweeps is how many closed leases are looked after whenever a new one is granted: more than one, so
 	// that they are revoked faster than they come.
 	leaseSweeps = 4
+	// refenceFor is how long a call that has ended without settling its create goes on to move the lease's fence.
+	refenceFor = 10 * time.Second
 )
 
 // leasePool shares leases between sessions. Leases collect garbage and never decide expiry: etcd resets them
@@ -290,6 +292,15 @@ func (p *leasePool) refence(ctx context.Context, s seat) error {
 	return err
 }
 
+// refenceLater has the fence moved when etcd is there again, after refence has run out of time.
+func (p *leasePool) refenceLater(s seat) {
+	p.detach(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), refenceFor)
+		defer cancel()
+		_ = p.refence(ctx, s) // else the lease stays suspect, until it is swept
+	})
+}
+
 // fenced notes the mod revision that the lease's key turned out to have, after an attempt failed its compare.
 // It reports whether sessions may still be attached to the lease.
 func (p *leasePool) fenced(l *lease, rev int64) bool {
@@ -359,14 +370,27 @@ func (p *leasePool) sweep(n int) {
 	p.closed = append(p.closed[n:len(p.closed):len(p.closed)], batch...)
 	p.mu.Unlock()
 	for _, l := range batch {
-		_ = p.revokeUnused(ctx, l)
+		_ = p.lookAfter(ctx, l)
 	}
 }
 
-// revokeUnused revokes a lease that has no session. An error leaves it for the next sweep, or for etcd when its
-// time is up.
+// lookAfter moves the fence of a closed lease if that has to be done yet, and revokes the lease if it has no session. An
+// error leaves it for the next sweep, or for etcd when its time is up.
+func (p *leasePool) lookAfter(ctx context.Context, l *lease) error {
+	p.mu.Lock()
+	suspect, s := l.suspect, seat{l, l.fence}
+	p.mu.Unlock()
+	if suspect {
+		if err := p.refence(ctx, s); err != nil {
+			return err
+		}
+	}
+	return p.revokeUnused(ctx, l)
+}
+
+// revokeUnused revokes a lease that has no session.
 func (p *leasePool) revokeUnused(ctx context.Context, l *lease) error {
-	unused, err := p.unused(ctx, l)
+	unused, err := p.unused(ctx, l, 0)
 	if err != nil || !unused {
 		return err
 	}
@@ -374,10 +398,11 @@ func (p *leasePool) revokeUnused(ctx context.Context, l *lease) error {
 	p.mu.Lock()
 	l.revoking = true
 	p.mu.Unlock()
-	if _, err := p.conn.do(ctx, clientv3.OpDelete(l.key)); err != nil {
+	resp, err := p.conn.do(ctx, clientv3.OpDelete(l.key))
+	if err != nil {
 		return err
 	}
-	unused, err = p.unused(ctx, l)
+	unused, err = p.unused(ctx, l, resp.Del().Header.Revision)
 	if err != nil || !unused {
 		return err
 	}
@@ -389,13 +414,20 @@ func (p *leasePool) revokeUnused(ctx context.Context, l *lease) error {
 	return nil
 }
 
-// unused reports whether no session is on a lease, or there is no such lease any more.
-func (p *leasePool) unused(ctx context.Context, l *lease) (bool, error) {
-	resp, err := p.conn.TimeToLive(ctx, l.id, clientv3.WithAttachedKeys())
-	if err != nil {
-		return false, clientv3.ContextError(ctx, err)
+// unused reports whether no session is on a lease, or there is no such lease any more, as of revision rev or later. A member
+// that lags behind, or is cut off, answers with what it knows: it is asked again, as is another.
+func (p *leasePool) unused(ctx context.Context, l *lease, rev int64) (bool, error) {
+	for b := (backoff{}); ; {
+		resp, err := p.conn.TimeToLive(ctx, l.id, clientv3.WithAttachedKeys())
+		switch {
+		case err != nil:
+			return false, clientv3.ContextError(ctx, err)
+		case resp.Revision >= rev:
+			return !slices.ContainsFunc(resp.Keys, func(key []byte) bool { return string(key) != l.key }), nil
+		case !b.wait(ctx):
+			return false, ctx.Err()
+		}
 	}
-	return !slices.ContainsFunc(resp.Keys, func(key []byte) bool { return string(key) != l.key }), nil
 }
 
 // close revokes all leases without sessions.
@@ -406,7 +438,7 @@ func (p *leasePool) close(ctx context.Context) error {
 	all := slices.Clone(p.closed)
 	p.mu.Unlock()
 	for _, l := range all {
-		if err := p.revokeUnused(ctx, l); err != nil {
+		if err := p.lookAfter(ctx, l); err != nil {
 			return err
 		}
 	}

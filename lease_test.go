@@ -147,6 +147,46 @@ func TestLease_Turnover(t *testing.T) {
 	}
 }
 
+// cutOff is an etcd that answers what is asked about leases as it once did, like a member that does not know yet that it has
+// lost the leadership.
+type cutOff struct {
+	etcd
+	once *clientv3.LeaseTimeToLiveResponse
+}
+
+func (c *cutOff) TimeToLive(ctx context.Context, id clientv3.LeaseID, opts ...clientv3.LeaseOption) (*clientv3.LeaseTimeToLiveResponse, error) {
+	if c.once != nil {
+		return c.once, nil
+	}
+	return c.etcd.TimeToLive(ctx, id, opts...)
+}
+
+// A lease is not revoked because a member that is cut off knows of no session on it.
+func TestLease_UnusedLongAgo(t *testing.T) {
+	cli := etcdtest.New(t, etcdtest.Config{}).Client(t)
+	c := &cutOff{etcd: cli}
+	s := newStore(c, cli, defaultPrefix, nil)
+	mustCommit(t, s, "a", "x", time.Hour)
+	if err := s.Delete("a"); err != nil {
+		t.Fatal(err)
+	}
+	l := s.leases.open[0]
+	before, err := cli.TimeToLive(t.Context(), l.id, clientv3.WithAttachedKeys())
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustCommit(t, s, "b", "x", time.Hour)
+	c.once = before
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := s.leases.lookAfter(ctx, l); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("looking after a lease: %v", err)
+	}
+	c.once = nil
+	wantFound(t, s, "b", "x")
+	mustClose(t, s)
+}
+
 // Close keeps the leases that sessions are on.
 func TestLease_CloseKeepsSessions(t *testing.T) {
 	s, cli := newTestStore(t)

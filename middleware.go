@@ -116,7 +116,7 @@ const (
 )
 
 func newRun(w http.ResponseWriter, r *http.Request, body *replay, giveBack func()) *run {
-	t := newTransaction()
+	t := newRequestTransaction()
 	if outer := explicit(r.Context()); outer != nil {
 		t.guard = outer.guard
 	}
@@ -356,7 +356,7 @@ func (e *EtcdStore) Exclusive(sm *scs.SessionManager, next http.Handler) http.Ha
 		ctx := r.Context()
 		t := explicit(ctx)
 		if t == nil {
-			t = newTransaction()
+			t = newRequestTransaction()
 			r = r.WithContext(context.WithValue(ctx, contextKey{}, t))
 		}
 		cookie, err := r.Cookie(sm.Cookie.Name)

@@ -87,7 +87,7 @@ type transition interface {
 type state struct {
 	image *image // nil: there is no session
 	rev   int64  // its mod revision; 0 where a transition in the same fold made the image
-	born  int64  // the revision that created its key; 0 where a transition in the same fold deleted the session before
+	born  int64  // the revision that created its key, which tells it from others under its token; 0 where a transition in the same fold made it
 	now   millis
 }
 
@@ -132,7 +132,7 @@ func newPipeline(c *conn, leases *leasePool, prefix string, now func() millis, d
 	return p
 }
 
-// do runs a transition and returns what came of it. It ends by the deadline, or when ctx does: then the error is
+// do runs a transition and returns what came of it. It ends with the deadline, give or take an attempt, or when ctx does: then the error is
 // ErrOutcomeUnknown where the transition may have reached etcd, and it goes on to its end within its deadline; else it will
 // not take effect.
 func (p *pipeline) do(ctx context.Context, deadline time.Time, o *op) error {
@@ -289,32 +289,42 @@ const (
 
 // attempt is a fold of transitions, as it is sent.
 type attempt struct {
-	queue *queue
-	ops   []*op
-	base  *version // what it is folded over
-	final *image   // nil: the session is deleted
-	kind  writeKind
+	queue  *queue
+	ops    []*op
+	base   *version // what it is folded over
+	final  *image   // nil: the session is deleted
+	kind   writeKind
+	clears bool // it deletes a session that has expired, and its ops are folded again
 
 	record  record
 	value   string
 	seat    seat // a new one, on the lease that the Put names; zero where it keeps the key's lease, or there is no Put
 	keep    clientv3.OpOption
 	guard   *guard
-	since   int64     // etcd's revision before the first send: a version up to it is not this attempt's
-	unknown bool      // the outcome of a send is unknown
-	until   time.Time // the latest deadline of its ops
+	since   int64 // etcd's revision before the first send: a version up to it is not this attempt's
+	unknown bool  // the outcome of a send is unknown
 }
 
 // fold runs ops in order over the latest version that is known, and returns the attempt to send. Where all of them
 // fail, nothing is sent and it returns nil.
+//
+// A fold ends with a delete, and a session that has expired is deleted before another is made under its token: so each
+// session has a key that was created for it, and a request that has read an earlier one finds out.
 func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 	a := &attempt{queue: q, base: newest(q.known, ops)}
 	now := p.now()
 	current := a.base.live(now)
-	cur := state{image: current, rev: a.base.rev, born: a.base.created, now: now}
+	cur := state{image: current, rev: a.base.rev, now: now}
+	if current != nil {
+		cur.born = a.base.created
+	}
 	wall := time.Now()
-	changed := false
-	for _, o := range ops {
+	changed, deleted := false, false
+	for i, o := range ops {
+		if deleted {
+			p.putBack(q, ops[i:])
+			break
+		}
 		if o.dropped.Load() || wall.After(o.deadline) {
 			p.expired(o)
 			continue
@@ -324,16 +334,11 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 		}
 		a.ops = append(a.ops, o)
 		a.guard = o.guard
-		if o.deadline.After(a.until) {
-			a.until = o.deadline
-		}
 		if o.err == nil && o.panicked == nil {
 			changed = true
+			deleted = o.made == nil && cur.image != nil
 			if o.made != cur.image {
 				cur.image, cur.rev = o.made, 0
-			}
-			if o.made == nil {
-				cur.born = 0
 			}
 		}
 	}
@@ -350,6 +355,8 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 	}
 	a.final = cur.image
 	switch {
+	case a.final != nil && a.final != current && a.base.rev != 0 && current == nil && a.base.err == nil:
+		a.kind, a.clears = writeDelete, true
 	case a.final != nil && a.final != current:
 		a.kind = writePut
 		payload, err := a.final.encoded()
@@ -367,6 +374,13 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 		a.kind = writeDelete
 	}
 	return a
+}
+
+// putBack leaves ops to the next attempt.
+func (p *pipeline) putBack(q *queue, ops []*op) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	q.pending = append(ops[:len(ops):len(ops)], q.pending...)
 }
 
 // expired ends an op that came too late to be folded.
@@ -453,9 +467,11 @@ func (p *pipeline) dispatch(attempts []*attempt) {
 func (p *pipeline) seatAll(attempts []*attempt) {
 	seated := attempts[:0:0]
 	for _, a := range attempts {
-		ctx, cancel := context.WithDeadline(context.Background(), a.until)
-		s, err := p.leases.acquire(ctx, a.final.expiry)
-		cancel()
+		var s seat
+		err := p.within(a, func(ctx context.Context) (err error) {
+			s, err = p.leases.acquire(ctx, a.final.expiry)
+			return err
+		})
 		if err != nil {
 			p.fail(a, err)
 			continue

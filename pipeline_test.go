@@ -17,6 +17,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/alexedwards/scs/v2"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -309,8 +310,8 @@ func TestPipeline_Order(t *testing.T) {
 	}
 }
 
-// 64 transitions of one session that wait together are one write, and each gets its own result: what fails among them
-// fails alone.
+// 64 transitions of one session that wait together are one write, or two with a delete among them, and each gets its own
+// result: what fails among them fails alone.
 func TestPipeline_Fold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
@@ -359,7 +360,7 @@ func TestPipeline_Fold(t *testing.T) {
 		for i, result := range results {
 			wantErr(t, fmt.Sprint("call ", i), result(), wants[i])
 		}
-		f.wantSession(t, "a", 3, pairs...)
+		f.wantSession(t, "a", 4, pairs...) // the seed, the fold up to the delete as one, and what came after it
 	})
 }
 
@@ -1469,5 +1470,167 @@ func (m *modelRun) absent(c *modelCall) bool {
 func (m *modelRun) deletedWith(c *modelCall) bool {
 	return slices.ContainsFunc(m.calls, func(o *modelCall) bool {
 		return o.store == c.store && o.token == c.token && o.marker == "" && o.begin <= c.end && c.begin <= o.end
+	})
+}
+
+// A process that has not heard from etcd for a while reads before it writes: a failed compare is then not settled by a history
+// that is long, or compacted. No answer was lost, so nothing is unknown.
+func TestPipeline_CompactionIsNotUnknown(t *testing.T) {
+	for name, c := range map[string]struct {
+		act  func(t *testing.T, other *EtcdStore)
+		del  bool
+		want error
+	}{
+		"merge": {func(t *testing.T, other *EtcdStore) {
+			wantErr(t, "another", other.Update(t.Context(), "a", setting("y", 1)), nil)
+			wantErr(t, "another", other.Update(t.Context(), "a", setting("y", 2)), nil)
+		}, false, nil},
+		"gone":    {func(t *testing.T, other *EtcdStore) { wantErr(t, "another", other.Delete("a"), nil) }, false, ErrSessionGone},
+		"deleted": {func(t *testing.T, other *EtcdStore) { wantErr(t, "another", other.Delete("a"), nil) }, true, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, f := newFakeStore(t)
+				other := newFakeStoreOn(t, f)
+				f.seed(t, "a", "n", 0)
+				ctx := Begin(t.Context())
+				call := commitOf(t, ctx, s, "a", "x", 1)
+				if c.del {
+					call = func() error { return s.DeleteCtx(ctx, "a") }
+				}
+				time.Sleep(10 * time.Minute)
+				c.act(t, other)
+				f.seed(t, "noise")
+				f.compact(f.rev())
+				wantErr(t, "ours", call(), c.want)
+			})
+		})
+	}
+}
+
+// The client sent a delete twice behind our back, and another session was created in between: that stays.
+func TestPipeline_HiddenDelete(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		other := newFakeStoreOn(t, f)
+		f.seed(t, "a", "n", 0)
+		f.script(isAttempt, func(r *fakeRequest) error {
+			_ = r.apply()
+			wantErr(t, "another", committing(t, other, "a", time.Hour, "theirs", 1)(), nil)
+			return r.apply()
+		})
+		wantErr(t, "ours", s.Delete("a"), nil)
+		f.wantSession(t, "a", 3, "theirs", 1)
+	})
+}
+
+// A create whose outcome could not be settled in time is fenced when etcd is there again, and does not come late.
+func TestPipeline_CreateIsFencedAfterGivingUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+		var late func() error
+		down := true
+		f.intercept(func(r *fakeRequest) error {
+			_, put := r.msg.(*etcdserverpb.PutRequest)
+			if !down || !put && !isAttempt(r) {
+				return r.apply()
+			}
+			if late == nil && !put {
+				late = r.apply // it waits in a member that is cut off
+			}
+			<-r.done
+			return errFakeLost
+		})
+		ctx, cancel := context.WithTimeout(Begin(t.Context()), 300*time.Millisecond)
+		defer cancel()
+		b := gobSession(t, time.Now().Add(time.Hour), map[string]any{"user": "alice"})
+		wantErr(t, "create", s.CommitCtx(ctx, "a", b, time.Now().Add(time.Hour)), ErrOutcomeUnknown)
+		time.Sleep(time.Second)
+		down = false
+		wantErr(t, "create again", s.CommitCtx(Begin(t.Context()), "a", b, time.Now().Add(time.Hour)), nil)
+		time.Sleep(time.Second)
+		wantErr(t, "delete", s.Delete("a"), nil)
+		_ = late()
+		if _, back, err := s.Find("a"); back || err != nil {
+			t.Errorf("the deleted session is back: %v, %v", back, err)
+		}
+	})
+}
+
+// A call has its own time, also where it is folded with one that came later.
+func TestPipeline_TimeIsUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "a", "n", 0)
+		f.intercept(func(r *fakeRequest) error {
+			if isAttempt(r) {
+				<-r.done
+				return errFakeLost
+			}
+			return r.apply()
+		})
+		timed := func() func() (error, time.Duration) {
+			start := time.Now()
+			var took time.Duration
+			result := started(func() error {
+				err := s.Update(t.Context(), "a", increment)
+				took = time.Since(start)
+				return err
+			})
+			return func() (error, time.Duration) { return result(), took }
+		}
+		calls := []func() (error, time.Duration){timed()}
+		for _, pause := range []time.Duration{600 * time.Millisecond, 4300 * time.Millisecond} {
+			time.Sleep(pause)
+			calls = append(calls, timed())
+		}
+		for i, call := range calls {
+			if err, took := call(); !unavailable(err) || took < s.timeout || took > s.timeout+2*attemptTimeout {
+				t.Errorf("call %d: %v after %v", i, err, took)
+			}
+		}
+	})
+}
+
+// A transition that has failed wrote nothing, whatever became of the attempt that it was folded into.
+func TestPipeline_FailedIsNotUnknown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "a", "n", 0)
+		own := errors.New("own")
+		release := f.hold(isAttempt)
+		first := started(func() error { return s.Update(t.Context(), "a", increment) })
+		good := started(func() error { return s.Update(t.Context(), "a", increment) })
+		bad := started(func() error { return s.Update(t.Context(), "a", func(map[string]any) error { return own }) })
+		n := 0
+		f.intercept(func(r *fakeRequest) error {
+			if n++; isAttempt(r) && n > 1 {
+				return errFakeLost
+			}
+			return r.apply()
+		})
+		release()
+		wantErr(t, "first", first(), nil)
+		wantErr(t, "good", good(), ErrOutcomeUnknown)
+		if err := bad(); err == nil || errors.Is(err, ErrOutcomeUnknown) {
+			t.Errorf("bad: %v", err)
+		}
+	})
+}
+
+type panicEncode struct{ scs.GobCodec }
+
+func (panicEncode) Encode(time.Time, map[string]any) ([]byte, error) { panic("encode") }
+
+// A codec that panics fails the commit that needs it, and nothing else.
+func TestPipeline_PanickingCodec(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t, WithCodec(panicEncode{}))
+		f.seed(t, "a", "n", 0)
+		commit := commitOf(t, Begin(t.Context()), s, "a", "x", 1)
+		wantErr(t, "another", newFakeStoreOn(t, f).Update(t.Context(), "a", setting("y", 1)), nil)
+		wantErr(t, "a commit that must be merged", commit(), errCodec)
+		f.wantSession(t, "a", 2, "n", 0, "y", 1)
 	})
 }

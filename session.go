@@ -49,7 +49,7 @@ func imageWith(codec scs.Codec, c *contents, expiry millis) (*image, error) {
 // decoded returns the image's values and deadline.
 func (i *image) decoded() (*contents, error) {
 	i.decode.Do(func() {
-		i.decodeErr = errCodec // stays if the codec panics
+		defer recovered(&i.decodeErr)
 		deadline, values, err := i.codec.Decode(i.payload)
 		i.contents, i.decodeErr = &contents{deadline: deadline, values: values}, err
 	})
@@ -59,10 +59,18 @@ func (i *image) decoded() (*contents, error) {
 // encoded returns the image's payload.
 func (i *image) encoded() ([]byte, error) {
 	i.encode.Do(func() {
-		i.encodeErr = errCodec
+		defer recovered(&i.encodeErr)
 		i.payload, i.encodeErr = i.codec.Encode(i.contents.deadline, i.contents.values)
 	})
 	return i.payload, i.encodeErr
+}
+
+// recovered, deferred, makes a panic of the codec an error. A fold decodes and encodes beside others' sessions, in a
+// goroutine of the store, which must not end for what one session holds.
+func recovered(err *error) {
+	if recover() != nil { // what it says may hold a value of the session
+		*err = errCodec
+	}
 }
 
 // sameContents reports whether i and o hold the same values and deadline, as far as they decode.

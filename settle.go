@@ -14,7 +14,7 @@ func (p *pipeline) send(batch []*attempt) {
 	var last error
 	batch = p.begin(batch)
 	for b := (backoff{}); ; {
-		if batch = p.expire(batch, last); len(batch) == 0 {
+		if batch = keep(batch, func(a *attempt) bool { return !p.overdue(a, last) }); len(batch) == 0 {
 			return
 		}
 		resp, err := p.request(batch, min(b.timeout(), remaining(batch)))
@@ -29,15 +29,57 @@ func (p *pipeline) send(batch []*attempt) {
 	}
 }
 
-// remaining returns the time that a batch has left, until its last caller's is up.
+// remaining returns the time that a batch has left, until its last call's is up.
 func remaining(batch []*attempt) time.Duration {
-	last := batch[0].until
-	for _, a := range batch[1:] {
-		if a.until.After(last) {
-			last = a.until
+	var last time.Time
+	for _, a := range batch {
+		for _, o := range a.ops {
+			if o.deadline.After(last) {
+				last = o.deadline
+			}
 		}
 	}
 	return time.Until(last)
+}
+
+// overdue ends the calls of an attempt whose time is up. It reports whether none is left, and with them the attempt. last is
+// what etcd said last. Calls that came later than those that they are folded with go on: they have the time that they were given.
+func (p *pipeline) overdue(a *attempt, last error) bool {
+	now := time.Now()
+	late := func(o *op) bool { return !o.deadline.After(now) }
+	if !slices.ContainsFunc(a.ops, late) {
+		return false
+	}
+	cause := endedError(context.DeadlineExceeded, last)
+	if !slices.ContainsFunc(a.ops, func(o *op) bool { return !late(o) }) {
+		p.giveUp(a, cause)
+		return true
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	a.ops = slices.DeleteFunc(slices.Clone(a.ops), func(o *op) bool {
+		if late(o) {
+			p.finish(o, a.untold(o, cause))
+			return true
+		}
+		return false
+	})
+	return false
+}
+
+// within runs f in the time that a's calls have: until that of the first is up, and again for the others.
+func (p *pipeline) within(a *attempt, f func(ctx context.Context) error) error {
+	for {
+		first := slices.MinFunc(a.ops, func(o, other *op) int { return o.deadline.Compare(other.deadline) })
+		ctx, cancel := context.WithDeadline(context.Background(), first.deadline)
+		err := f(ctx)
+		ended := ctx.Err() != nil
+		cancel()
+		if err == nil || !ended || !slices.ContainsFunc(a.ops, func(o *op) bool { return o.deadline.After(first.deadline) }) {
+			return err
+		}
+		p.overdue(a, err)
+	}
 }
 
 // begin marks attempts as sent, from where on their callers can no longer be told that nothing happened. Attempts
@@ -133,6 +175,10 @@ func (p *pipeline) applied(a *attempt, rev int64) {
 	if a.base.lease != v.lease {
 		p.leases.left(a.base.lease)
 	}
+	if a.clears {
+		p.requeue(a, v)
+		return
+	}
 	p.settled(a, v)
 }
 
@@ -161,7 +207,7 @@ func (p *pipeline) unguarded(a *attempt, ans answer) bool {
 // attempt itself whose answer was lost, also behind our back: the client resends when a server gives up on a request.
 func (p *pipeline) overtaken(a *attempt, current *version) {
 	switch {
-	case a.kind == writeNothing, a.kind == writeDelete && !a.unknown && current.rev != 0:
+	case a.kind == writeNothing, a.kind == writeDelete && !a.unknown && current.rev != 0 && current.created == a.base.created:
 		p.requeue(a, current)
 	case a.kind == writePut && current.rev != 0 && current.id == a.record.id:
 		p.found(a, current)
@@ -193,28 +239,38 @@ func (p *pipeline) found(a *attempt, current *version) {
 
 // trace settles an attempt by the session's history: has it been the version after the base?
 func (p *pipeline) trace(a *attempt, current *version) {
-	ctx, cancel := context.WithDeadline(context.Background(), a.until)
-	defer cancel()
-	written, err := p.inHistory(ctx, a, current.asOf)
+	written, err := p.written(a, current.asOf)
 	switch {
 	case err != nil:
 		a.unknown = true
 		p.giveUp(a, err)
-	case written:
-		p.settled(a, current)
+	case written != nil && a.clears:
+		p.requeue(a, current)
+	case written != nil:
+		written.image = a.final
+		p.settledAs(a, written, current)
 	default:
 		p.requeue(a, current)
 	}
 }
 
-// inHistory reports whether a's write is a version of its session at a revision up to last. For a delete, which bears no
+// written is inHistory in the time that a's calls have.
+func (p *pipeline) written(a *attempt, last int64) (v *version, err error) {
+	err = p.within(a, func(ctx context.Context) (err error) {
+		v, err = p.inHistory(ctx, a, last)
+		return err
+	})
+	return v, err
+}
+
+// inHistory returns the version of a's session that a wrote, at a revision up to last, or nil. For a delete, which bears no
 // write id, the write is that the base was followed by no session: if others did that, a's transitions may as well have
 // come right before, and deleting once more what was created since would be to do it twice.
 //
 // It reads the session as of every revision since the first send, many in a request; mostly there are a few. A watch could
 // tell as well, but etcd's watchers catch up with history only every 100 ms, and do not tell where it ends if nothing more
 // happens.
-func (p *pipeline) inHistory(ctx context.Context, a *attempt, last int64) (bool, error) {
+func (p *pipeline) inHistory(ctx context.Context, a *attempt, last int64) (*version, error) {
 	from := a.since
 	if a.base.rev == 0 {
 		from++
@@ -235,22 +291,22 @@ func (p *pipeline) inHistory(ctx context.Context, a *attempt, last int64) (bool,
 			continue // batches have become smaller
 		}
 		if err != nil {
-			return false, err
+			return nil, err
 		}
 		for i, r := range resp.Responses {
-			v := p.decode(r.GetResponseRange().Kvs, resp.Header.Revision)
+			v := p.decode(r.GetResponseRange().Kvs, rev+int64(i))
 			switch {
 			case a.kind == writePut && v.rev != 0 && v.id == a.record.id:
-				return true, nil
-			case a.kind == writeDelete && v.rev == 0:
-				return rev+int64(i) > a.since, nil // else the base had gone before the first send
+				return v, nil
+			case a.kind == writeDelete && v.rev == 0 && rev+int64(i) > a.since:
+				return v, nil
 			case a.base.rev != 0 && v.rev != a.base.rev:
-				return false, nil // the base was overtaken, for good
+				return nil, nil // the base was overtaken, for good
 			}
 		}
 		rev += n
 	}
-	return false, nil
+	return nil, nil
 }
 
 // refused handles an error of the whole request. It returns the attempts that must be sent again as they are.
@@ -301,14 +357,13 @@ func (p *pipeline) refusedAlone(a *attempt, err error) []*attempt {
 // settleCreate settles an attempt to create whose outcome is unknown: first so that no send of it can be applied any
 // more, then by what the key and its history show.
 func (p *pipeline) settleCreate(a *attempt) {
-	ctx, cancel := context.WithDeadline(context.Background(), a.until)
-	defer cancel()
-	err := p.leases.refence(ctx, a.seat)
+	err := p.within(a, func(ctx context.Context) error { return p.leases.refence(ctx, a.seat) })
 	if err != nil {
+		p.leases.refenceLater(a.seat)
 		p.giveUp(a, err)
 		return
 	}
-	current, err := p.read(ctx, a.queue.key)
+	current, err := p.read(a)
 	if err != nil {
 		p.giveUp(a, err)
 		return
@@ -319,42 +374,34 @@ func (p *pipeline) settleCreate(a *attempt) {
 // settleRefused settles an attempt that etcd has refused for want of space, which it also answers to the write that
 // crossed the quota. That send is over, so the key shows what became of it.
 func (p *pipeline) settleRefused(a *attempt, refusal error) {
-	ctx, cancel := context.WithDeadline(context.Background(), a.until)
-	defer cancel()
-	current, err := p.read(ctx, a.queue.key)
+	current, err := p.read(a)
+	var written *version
+	if err == nil && current.rev == a.base.rev && current.rev == 0 { // created, and deleted since?
+		written, err = p.written(a, current.asOf)
+	}
 	switch {
 	case err != nil:
 		a.unknown = true
 		p.giveUp(a, err)
-	case current.rev == a.base.rev && current.id != a.record.id:
+	case written == nil && current.rev == a.base.rev:
 		p.fail(a, refusal)
 	default:
 		p.overtaken(a, current)
 	}
 }
 
-// read returns the session as it is.
-func (p *pipeline) read(ctx context.Context, key string) (v *version, err error) {
-	err = retry(ctx, func(ctx context.Context) error {
-		resp, err := p.conn.do(ctx, clientv3.OpGet(key))
-		if err == nil {
-			v = p.decode(resp.Get().Kvs, resp.Get().Header.Revision)
-		}
-		return err
+// read returns an attempt's session as it is.
+func (p *pipeline) read(a *attempt) (v *version, err error) {
+	err = p.within(a, func(ctx context.Context) error {
+		return retry(ctx, func(ctx context.Context) error {
+			resp, err := p.conn.do(ctx, clientv3.OpGet(a.queue.key))
+			if err == nil {
+				v = p.decode(resp.Get().Kvs, resp.Get().Header.Revision)
+			}
+			return err
+		})
 	})
 	return v, err
-}
-
-// expire gives up the attempts whose time is up.
-func (p *pipeline) expire(batch []*attempt, err error) []*attempt {
-	now := time.Now()
-	return keep(batch, func(a *attempt) bool {
-		if now.Before(a.until) {
-			return true
-		}
-		p.giveUp(a, endedError(context.DeadlineExceeded, err))
-		return false
-	})
 }
 
 // heard notes for the callers what etcd said last.
@@ -370,13 +417,19 @@ func (p *pipeline) heard(batch []*attempt, err error) {
 
 // giveUp ends an attempt that could not be settled.
 func (p *pipeline) giveUp(a *attempt, cause error) {
-	if a.unknown {
-		cause = unknownError(cause)
-	}
 	for _, o := range a.ops {
-		o.err, o.panicked = cause, nil
+		o.err, o.panicked = a.untold(o, cause), nil
 	}
 	p.settled(a, nil)
+}
+
+// untold returns the error of a call that ends before its attempt is settled. What the attempt does not write was not
+// written, whatever became of it.
+func (a *attempt) untold(o *op, cause error) error {
+	if a.unknown && o.err == nil && o.panicked == nil && a.kind != writeNothing && !a.clears {
+		return unknownError(cause)
+	}
+	return cause
 }
 
 // fail ends an attempt that was refused for good. Where it is a fold, each of its transitions is tried alone.
@@ -399,13 +452,16 @@ func (p *pipeline) fail(a *attempt, err error) {
 
 // settled tells a's callers what came of it, and makes its queue ready for what waits. v is the session as it is
 // known to be by now, nil if it is not.
-func (p *pipeline) settled(a *attempt, v *version) {
+func (p *pipeline) settled(a *attempt, v *version) { p.settledAs(a, v, v) }
+
+// settledAs is settled where the session has changed since it was as stored.
+func (p *pipeline) settledAs(a *attempt, stored, known *version) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	a.queue.known, a.queue.busy, a.queue.sent = v, false, false
+	a.queue.known, a.queue.busy, a.queue.sent = known, false, false
 	p.offer(a.queue)
 	for _, o := range a.ops {
-		o.stored = v
+		o.stored = stored
 		p.finish(o, o.err)
 	}
 }

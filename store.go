@@ -99,7 +99,7 @@ func (e *EtcdStore) FindCtx(ctx context.Context, token string) (b []byte, exists
 			return errFormat
 		}
 		image := v.live(e.now())
-		t.note(readKey{e, token}, read{image, v.rev, v})
+		t.note(readKey{e, token}, read{image: image, rev: v.rev, version: v})
 		if image != nil {
 			b, exists = bytes.Clone(image.payload), true
 		}
@@ -136,17 +136,18 @@ func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expir
 		if r, ok := t.read(k); ok {
 			change.base, o.hint = &r, r.version
 		}
-		switch {
-		case t == nil: // it overwrites; what it overwrites is read first, as a failed guess costs more than a read
+		if change.idle() {
+			return nil
+		}
+		if t != nil {
+			o.guard = t.guard
+		}
+		if t == nil || e.conn.stale() { // nothing is known, or not lately: a failed guess costs more than a read
 			v, err := e.reader.find(ctx, deadline, o.key)
 			if err != nil {
 				return err
 			}
 			o.hint = v
-		case change.idle():
-			return nil
-		default:
-			o.guard = t.guard
 		}
 		if err := e.pipeline.do(ctx, deadline, o); err != nil {
 			t.lose(k, err)
@@ -174,13 +175,18 @@ func (e *EtcdStore) DeleteCtx(ctx context.Context, token string) error {
 			return nil
 		}
 		t, k := e.transactionOf(ctx), readKey{e, token}
-		o := &op{key: e.prefix + token, change: remove{}}
-		if r, ok := t.read(k); ok {
-			o.hint = r.version
-		} else if v, err := e.reader.find(ctx, deadline, o.key); err != nil {
-			return err
-		} else if o.hint = v; v.rev == 0 {
-			return nil
+		r, ok := t.read(k)
+		o := &op{key: e.prefix + token, change: remove{}, hint: r.version}
+		if !ok || e.conn.stale() {
+			v, err := e.reader.find(ctx, deadline, o.key)
+			if err != nil {
+				return err
+			}
+			if v.rev == 0 {
+				t.wrote(k, read{})
+				return nil
+			}
+			o.hint = v
 		}
 		if err := e.pipeline.do(ctx, deadline, o); err != nil {
 			return err
@@ -216,7 +222,7 @@ func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 			for token, v := range versions {
 				if image := v.live(now); image != nil {
 					all[token] = bytes.Clone(image.payload)
-					t.noteNew(readKey{e, token}, read{image, v.rev, v})
+					t.noteListed(readKey{e, token}, read{image: image, rev: v.rev, version: v})
 				}
 			}
 			return nil

@@ -17,6 +17,11 @@ import (
 // one etcd transaction; where the compare fails, the commit is merged with what is there instead, or fails.
 // (Kung and Robinson, On optimistic methods for concurrency control, ACM TODS 6(2), 1981.)
 type transaction struct {
+	// request says that this is a request's transaction, with a session manager between the store and the application. The
+	// manager reads a session once, and keeps what it read: a further Find, as MergeSession makes, is not what the
+	// application changes and commits. So the first read counts there, and the last where Begin was called.
+	request bool
+
 	mu    sync.Mutex
 	reads map[readKey]read
 	lost  map[readKey]error // commits that lost against another request, and were not repeated with success since
@@ -34,6 +39,7 @@ type read struct {
 	image   *image   // nil: absent
 	rev     int64    // the mod revision at which etcd holds exactly image; 0: none does, because it was merged
 	version *version // what etcd holds, as far as it is known
+	copied  bool     // the application has read it twice, and may commit either copy
 }
 
 // contextKey is the key of a context's transaction.
@@ -51,6 +57,12 @@ func Begin(ctx context.Context) context.Context {
 
 func newTransaction() *transaction {
 	return &transaction{reads: make(map[readKey]read, 1)}
+}
+
+func newRequestTransaction() *transaction {
+	t := newTransaction()
+	t.request = true
+	return t
 }
 
 // explicit returns the transaction that Begin, Retry or Exclusive put into ctx, or nil.
@@ -79,7 +91,7 @@ func (i *implicitTransactions) of(ctx context.Context) *transaction {
 	defer i.mu.Unlock()
 	t := i.byDone[done]
 	if t == nil {
-		t = newTransaction()
+		t = newRequestTransaction()
 		if i.byDone == nil {
 			i.byDone = make(map[<-chan struct{}]*transaction)
 		}
@@ -111,27 +123,31 @@ func (e *EtcdStore) transactionOf(ctx context.Context) *transaction {
 	return e.implicit.of(ctx)
 }
 
-// note adds what a Find returned to the read set. A nil transaction has none.
+// note adds what a Find returned to the read set. Where a commit has lost, the application reads again to try again. A nil
+// transaction has no read set.
 func (t *transaction) note(k readKey, r read) {
 	if t == nil {
 		return
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if _, again := t.reads[k]; again && t.request && t.lost[k] == nil {
+		return
+	}
 	t.reads[k] = r
 }
 
-// noteNew is note for a session that the request has not read before: a listing must not replace what the request
-// believes about its own session.
-func (t *transaction) noteNew(k readKey, r read) {
+// noteListed is note for what a listing returned. It must not replace what the request believes about its own session.
+func (t *transaction) noteListed(k readKey, r read) {
 	if t == nil {
 		return
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if _, ok := t.reads[k]; !ok {
-		t.reads[k] = r
+	if own, ok := t.reads[k]; ok {
+		r, r.copied = own, true
 	}
+	t.reads[k] = r
 }
 
 // read returns what the transaction has read of a session, if anything.
@@ -146,13 +162,21 @@ func (t *transaction) read(k readKey) (r read, ok bool) {
 }
 
 // wrote adds to the read set what the request believes after a write: what it wrote. Where that was merged with what
-// others wrote, no revision holds exactly that, so the next commit merges again and never overwrites.
+// others wrote, no revision holds exactly that, so the next commit merges again and never overwrites. Where the request has
+// two copies of the session, the other one does not have what this one wrote: its commit is merged from the first read, and
+// there is nothing to merge it into if this one was deleted.
 func (t *transaction) wrote(k readKey, r read) {
 	if t == nil {
 		return
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if was := t.reads[k]; was.copied {
+		if r.version != nil {
+			was.version = r.version
+		}
+		r = was
+	}
 	t.reads[k] = r
 	delete(t.lost, k)
 }
@@ -254,7 +278,7 @@ func (c *commit) withinTouch(from, to millis) bool {
 // idle reports whether the commit need not be made at all: it changes nothing but the expiry, and that by less than
 // the touch interval.
 func (c *commit) idle() bool {
-	return c.touch > 0 && c.base != nil && c.base.image != nil &&
+	return c.touch > 0 && c.base != nil && c.base.image != nil && c.base.version.image != nil && // it may be deleted by now
 		c.withinTouch(c.base.version.image.expiry, c.ours.expiry) && c.base.image.sameContents(c.ours)
 }
 
@@ -288,10 +312,11 @@ func (u *update) next(cur state) (*image, error) {
 	if err != nil {
 		return nil, err
 	}
-	deadline, values, err := cur.image.codec.Decode(payload) // a copy that fn may change
+	copied, err := imageOf(cur.image.codec, payload, 0).decoded() // which fn may change
 	if err != nil {
 		return nil, err
 	}
+	values := copied.values
 	if values == nil {
 		values = make(map[string]any)
 	}
@@ -302,7 +327,7 @@ func (u *update) next(cur state) (*image, error) {
 	if err != nil {
 		return nil, err
 	}
-	after := &contents{deadline: deadline, values: values, raw: true}
+	after := &contents{deadline: copied.deadline, values: values, raw: true}
 	if after.same(before) {
 		return cur.image, nil
 	}
@@ -330,6 +355,9 @@ func (e *EtcdStore) Update(ctx context.Context, token string, fn func(values map
 			read, err := e.reader.find(ctx, deadline, e.prefix+token)
 			if err != nil {
 				return err
+			}
+			if read.err == errFormat { //nolint:errorlint // never wrapped here
+				return errFormat
 			}
 			hint, err := e.withExpiry(ctx, deadline, read)
 			if err != nil {

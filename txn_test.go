@@ -478,9 +478,11 @@ func TestTransaction_ReadSet(t *testing.T) {
 	want("noted", a, read1, true)
 	want("another token", otherToken, read{}, false)
 	want("another store", otherStore, read{}, false)
-	tx.noteNew(a, read2)
-	want("listed after it was read", a, read1, true)
-	tx.noteNew(otherToken, read2)
+	tx.noteListed(a, read2)
+	twice := read1
+	twice.copied = true
+	want("listed after it was read", a, twice, true)
+	tx.noteListed(otherToken, read2)
 	want("listed", otherToken, read2, true)
 	tx.note(a, read2)
 	want("read again", a, read2, true)
@@ -488,8 +490,8 @@ func TestTransaction_ReadSet(t *testing.T) {
 	want("written", a, read3, true)
 	tx.wrote(a, read{})
 	want("deleted", a, read{}, true) // which differs from not read at all
-	tx.noteNew(a, read1)
-	want("listed after it was deleted", a, read{}, true)
+	tx.noteListed(a, read1)
+	want("listed after it was deleted", a, read{copied: true}, true)
 	tx.note(otherStore, read{})
 	want("read absent", otherStore, read{}, true)
 }
@@ -533,7 +535,7 @@ func TestTransaction_Nil(t *testing.T) {
 	var tx *transaction
 	k := readKey{&EtcdStore{}, "a"}
 	tx.note(k, read{rev: 1})
-	tx.noteNew(k, read{rev: 1})
+	tx.noteListed(k, read{rev: 1})
 	tx.wrote(k, read{rev: 1})
 	tx.lose(k, ErrConflict)
 	if got, ok := tx.read(k); ok || got != (read{}) {
@@ -550,7 +552,7 @@ func TestTransaction_ConcurrentUse(t *testing.T) {
 			k := readKey{store, fmt.Sprint(i % 4)}
 			for rev := range int64(100) {
 				tx.note(k, read{rev: rev})
-				tx.noteNew(k, read{rev: -1})
+				tx.noteListed(k, read{rev: -1})
 				tx.lose(k, ErrConflict)
 				if r, ok := tx.read(k); !ok || r.rev < 0 {
 					t.Errorf("read = %+v, %v", r, ok)
