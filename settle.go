@@ -42,43 +42,56 @@ func remaining(batch []*attempt) time.Duration {
 	return time.Until(last)
 }
 
-// overdue ends the calls of an attempt whose time is up. It reports whether none is left, and with them the attempt. last is
-// what etcd said last. Calls that came later than those that they are folded with go on: they have the time that they were given.
+// overdue ends the calls of an attempt whose time is up. It reports whether that ends the attempt. last is what etcd said last.
+// Calls that came later have the time that they were given: they go on with the attempt, or, if no send of it can be applied
+// any more, are folded again without those that have ended.
 func (p *pipeline) overdue(a *attempt, last error) bool {
 	now := time.Now()
 	late := func(o *op) bool { return !o.deadline.After(now) }
-	if !slices.ContainsFunc(a.ops, late) {
-		return false
-	}
 	cause := endedError(context.DeadlineExceeded, last)
-	if !slices.ContainsFunc(a.ops, func(o *op) bool { return !late(o) }) {
+	switch {
+	case !slices.ContainsFunc(a.ops, late):
+		return false
+	case !slices.ContainsFunc(a.ops, func(o *op) bool { return !late(o) }):
 		p.giveUp(a, cause)
 		return true
 	}
+	p.endCalls(a, late, cause)
+	if !a.unknown {
+		p.requeue(a, a.base)
+	}
+	return !a.unknown
+}
+
+// endCalls ends some of the calls of an attempt.
+func (p *pipeline) endCalls(a *attempt, which func(*op) bool, cause error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	a.ops = slices.DeleteFunc(slices.Clone(a.ops), func(o *op) bool {
-		if late(o) {
+		ends := which(o)
+		if ends {
 			p.finish(o, a.untold(o, cause))
-			return true
 		}
-		return false
+		return ends
 	})
-	return false
 }
 
-// within runs f in the time that a's calls have: until that of the first is up, and again for the others.
+// within runs f in the time that a's calls have: until that of the first is up, and again for the others. f finds out
+// what became of a, so until it has, that is unknown.
 func (p *pipeline) within(a *attempt, f func(ctx context.Context) error) error {
+	defer func(was bool) { a.unknown = was }(a.unknown)
+	a.unknown = true
 	for {
-		first := slices.MinFunc(a.ops, func(o, other *op) int { return o.deadline.Compare(other.deadline) })
-		ctx, cancel := context.WithDeadline(context.Background(), first.deadline)
+		first := a.firstDeadline()
+		ctx, cancel := context.WithDeadline(context.Background(), first)
 		err := f(ctx)
 		ended := ctx.Err() != nil
 		cancel()
-		if err == nil || !ended || !slices.ContainsFunc(a.ops, func(o *op) bool { return o.deadline.After(first.deadline) }) {
+		later := func(o *op) bool { return o.deadline.After(first) }
+		if err == nil || !ended || !slices.ContainsFunc(a.ops, later) {
 			return err
 		}
-		p.overdue(a, err)
+		p.endCalls(a, func(o *op) bool { return !later(o) }, err)
 	}
 }
 
@@ -145,15 +158,44 @@ func (p *pipeline) settle(batch []*attempt, resp *clientv3.TxnResponse) []*attem
 		switch ans := answers[i]; {
 		case ans.applied:
 			p.applied(a, ans.rev)
-		case ans.current.rev == a.base.rev:
-			if p.unguarded(a, ans) {
-				again = append(again, a)
-			}
-		default:
-			p.overtaken(a, ans.current)
+		case ans.current == nil:
+			go p.look(a)
+		case p.refuted(a, ans):
+			again = append(again, a)
 		}
 	}
 	return again
+}
+
+// refuted settles an attempt whose compare has failed. It reports whether the attempt must be sent again.
+func (p *pipeline) refuted(a *attempt, ans answer) bool {
+	if ans.current.rev == a.base.rev {
+		return p.unguarded(a, ans)
+	}
+	p.overtaken(a, ans.current)
+	return false
+}
+
+// look reads what an attempt whose compare has failed did not ask for.
+func (p *pipeline) look(a *attempt) {
+	_, _, gets := a.txn()
+	var ans answer
+	err := p.within(a, func(ctx context.Context) error {
+		return retry(ctx, func(ctx context.Context) error {
+			resp, err := p.conn.do(ctx, clientv3.OpTxn(nil, gets, nil))
+			if err == nil {
+				ans.read(p, resp.Txn().Responses, resp.Txn().Header.Revision)
+			}
+			return err
+		})
+	})
+	switch {
+	case err != nil:
+		a.unknown = true
+		p.giveUp(a, err)
+	case p.refuted(a, ans):
+		p.send([]*attempt{a})
+	}
 }
 
 // applied settles an attempt that was applied at rev.
@@ -415,18 +457,32 @@ func (p *pipeline) heard(batch []*attempt, err error) {
 	}
 }
 
-// giveUp ends an attempt that could not be settled.
+// giveUp ends an attempt that could not be settled. What it does not write was not written, whatever became of it: where
+// there is time, that is folded again.
 func (p *pipeline) giveUp(a *attempt, cause error) {
+	now := time.Now()
+	var again, ended []*op
 	for _, o := range a.ops {
+		if a.unknown && !a.writes(o) && o.deadline.After(now) {
+			again = append(again, o)
+			continue
+		}
 		o.err, o.panicked = a.untold(o, cause), nil
+		ended = append(ended, o)
 	}
+	p.putBack(a.queue, again)
+	a.ops = ended
 	p.settled(a, nil)
 }
 
-// untold returns the error of a call that ends before its attempt is settled. What the attempt does not write was not
-// written, whatever became of it.
+// writes reports whether a, if it is applied, makes o's change.
+func (a *attempt) writes(o *op) bool {
+	return o.err == nil && o.panicked == nil && a.kind != writeNothing && !a.clears
+}
+
+// untold returns the error of a call that ends before its attempt is settled.
 func (a *attempt) untold(o *op, cause error) error {
-	if a.unknown && o.err == nil && o.panicked == nil && a.kind != writeNothing && !a.clears {
+	if a.unknown && a.writes(o) {
 		return unknownError(cause)
 	}
 	return cause
