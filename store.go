@@ -26,6 +26,7 @@ const (
 // prefix.
 type EtcdStore struct {
 	options
+	clock
 	prefix   string
 	client   *clientv3.Client
 	conn     *conn
@@ -62,16 +63,16 @@ func NewWithPrefix(client *clientv3.Client, prefix string, opts ...Option) *Etcd
 }
 
 func newStore(api etcd, client *clientv3.Client, prefix string, opts []Option) *EtcdStore {
-	e := &EtcdStore{options: newOptions(opts), prefix: prefix, client: client, conn: &conn{etcd: api}}
+	e := &EtcdStore{
+		options: newOptions(opts), clock: clock{wall: time.Now},
+		prefix: prefix, client: client, conn: &conn{etcd: api},
+	}
 	e.leases = newLeasePool(e.conn, prefix+reserved+"lease/", e.now, e.background.Go)
 	e.reader = newReader(e.conn, e.decodeVersion)
 	e.pipeline = newPipeline(e.conn, e.leases, prefix, e.now, e.decodeVersion)
 	e.locks = newLocks(client, prefix+reserved+"lock/", e.timeout, e.background.Go)
 	return e
 }
-
-// now is the clock that decides expiry.
-func (e *EtcdStore) now() millis { return toMillis(time.Now()) }
 
 // validToken reports whether a session can have this token. It must sort before the reserved part of the prefix.
 func validToken(token string) bool {

@@ -1,0 +1,200 @@
+package etcdstore
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// testWall is a wall clock that tests can set wrong.
+type testWall struct{ ahead atomic.Int64 }
+
+func (w *testWall) now() time.Time       { return time.Now().Add(time.Duration(w.ahead.Load())) }
+func (w *testWall) step(d time.Duration) { w.ahead.Add(int64(d)) }
+
+// newWallStore returns a store of which the test holds the clock, and a client of its etcd.
+func newWallStore(t *testing.T) (*EtcdStore, *testWall, *clientv3.Client) {
+	t.Helper()
+	s, cli := newTestStore(t)
+	w := new(testWall)
+	s.wall = w.now
+	return s, w, cli
+}
+
+func TestClock_Steps(t *testing.T) {
+	const slack = millis(time.Minute / time.Millisecond)
+	start := toMillis(time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
+	for _, tc := range []struct {
+		name       string
+		wall, want []millis // from start
+	}{
+		{"stands", []millis{0, 0, 0}, []millis{0, 0, 0}},
+		{"goes", []millis{0, 1, 1000, 5000}, []millis{0, 1, 1000, 5000}},
+		{"ahead by a day", []millis{0, 86_400_000}, []millis{0, 86_400_000}},
+		{"a little back", []millis{1000, 999, 0, 999, 1000, 1001}, []millis{1000, 1000, 1000, 1000, 1000, 1001}},
+		{"a minute back", []millis{slack, 0, 1, slack - 1, slack + 1}, []millis{slack, slack, slack, slack, slack + 1}},
+		{"further back", []millis{slack + 1, 0, 1}, []millis{slack + 1, 0, 1}},
+		{"a day ahead, and right again", []millis{0, 86_400_000, 5, 4, 6}, []millis{0, 86_400_000, 5, 5, 6}},
+		// What counts is how far the wall clock lags, not how far it went in one step.
+		{"further back in small steps", []millis{slack, slack / 2, 0, -1, 0}, []millis{slack, slack, slack, -1, 0}},
+		{"the ends of time", []millis{forever - start, -start, 0}, []millis{forever - start, -start, 0}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var at millis
+			c := clock{wall: func() time.Time { return time.UnixMilli(int64(start + at)) }}
+			for i := range tc.wall {
+				at = tc.wall[i]
+				if got := c.now() - start; got != tc.want[i] {
+					t.Errorf("reading %d, at %d: now = %d, want %d", i, at, got, tc.want[i])
+				}
+			}
+		})
+	}
+}
+
+// A goroutine that read the wall clock and then did not run for long sets nobody's clock back.
+func TestClock_StaleReading(t *testing.T) {
+	start := time.Now()
+	var c clock
+	c.wall = func() time.Time {
+		c.wall = func() time.Time { return start.Add(time.Hour) }
+		c.now()
+		return start
+	}
+	if got, want := c.now(), toMillis(start.Add(time.Hour)); got != want {
+		t.Errorf("now = %v before another's now", time.Duration(want-got)*time.Millisecond)
+	}
+}
+
+// Goroutines that read a wall clock which jumps about by less than a minute see one clock that does not go back.
+func TestClock_Concurrent(t *testing.T) {
+	start := time.Now()
+	var ticks, seen atomic.Int64
+	c := clock{wall: func() time.Time {
+		return start.Add(time.Duration(ticks.Add(1))*time.Millisecond - rand.N(clockSlack))
+	}}
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 5000 {
+				before := seen.Load() // what some goroutine was told before this one asks
+				now := int64(c.now())
+				if now < before {
+					t.Errorf("the clock went back by %d ms", before-now)
+					return
+				}
+				for s := seen.Load(); now > s && !seen.CompareAndSwap(s, now); s = seen.Load() {
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if total := toMillis(start.Add(time.Duration(ticks.Load()) * time.Millisecond)); millis(seen.Load()) < total-5000 {
+		t.Errorf("the clock stands %d ms behind", total-millis(seen.Load()))
+	}
+}
+
+// pair returns what etcd holds of a session.
+func pair(t *testing.T, cli *clientv3.Client, token string) *mvccpb.KeyValue {
+	t.Helper()
+	resp, err := cli.Get(t.Context(), defaultPrefix+token)
+	if err != nil || len(resp.Kvs) != 1 {
+		t.Fatalf("Get = %v, %v; want a key", resp, err)
+	}
+	return resp.Kvs[0]
+}
+
+// wantHidden fails t unless the store says everywhere that there is no such session, which ctx's transaction has read.
+func wantHidden(ctx context.Context, t *testing.T, s *EtcdStore, token string, expiry time.Time) {
+	t.Helper()
+	wantAbsent(t, s, token)
+	if all, err := s.All(); err != nil || len(all) != 0 {
+		t.Errorf("All = %q, %v; want none", all, err)
+	}
+	if err := s.CommitCtx(ctx, token, gobSession(t, expiry, map[string]any{"n": 2}), expiry); !errors.Is(err, ErrSessionGone) {
+		t.Errorf("the commit of a request that read the session before = %v; want ErrSessionGone", err)
+	}
+	if err := s.Update(t.Context(), token, func(v map[string]any) error { v["n"] = 3; return nil }); !errors.Is(err, ErrSessionGone) {
+		t.Errorf("Update = %v; want ErrSessionGone", err)
+	}
+}
+
+// A session that has expired stays so when the clock goes back by less than a minute.
+func TestStore_ClockJumpsBack(t *testing.T) {
+	s, wall, cli := newWallStore(t)
+	expiry := wall.now().Add(time.Second)
+	if err := s.Commit("a", gobSession(t, expiry, map[string]any{"n": 1}), expiry); err != nil {
+		t.Fatal(err)
+	}
+	rev := pair(t, cli, "a").ModRevision
+	before, after := Begin(t.Context()), Begin(t.Context())
+	if _, ok, err := s.FindCtx(before, "a"); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	wall.step(2 * time.Second)
+	if _, ok, err := s.FindCtx(after, "a"); ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	wall.step(-30 * time.Second)
+	if !wall.now().Before(expiry) {
+		t.Fatal("the wall clock does not say that the session lives")
+	}
+	wantHidden(before, t, s, "a", wall.now().Add(time.Hour))
+	if got := pair(t, cli, "a").ModRevision; got != rev {
+		t.Errorf("the session was written at revision %d", got)
+	}
+
+	// A request that read it absent makes a new one, which inherits nothing.
+	expiry = wall.now().Add(time.Hour)
+	if err := s.CommitCtx(after, "a", gobSession(t, expiry, map[string]any{"m": 1}), expiry); err != nil {
+		t.Fatal(err)
+	}
+	wantValues(t, s, "a", map[string]any{"m": 1})
+}
+
+// A clock that jumps ahead hides sessions while it is wrong, and deletes none.
+func TestStore_ClockJumpsAhead(t *testing.T) {
+	s, wall, cli := newWallStore(t)
+	other := New(cli)
+	defer mustClose(t, other)
+	expiry := wall.now().Add(time.Hour)
+	data := gobSession(t, expiry, map[string]any{"n": 1})
+	if err := s.Commit("a", data, expiry); err != nil {
+		t.Fatal(err)
+	}
+	rev := pair(t, cli, "a").ModRevision
+	ctx := Begin(t.Context())
+	if _, ok, err := s.FindCtx(ctx, "a"); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+
+	wall.step(24 * time.Hour)
+	wantHidden(ctx, t, s, "a", expiry)
+	wantHidden(ctx, t, s, "a", wall.now().Add(time.Hour))
+	// The application goes on, and the session's lease is looked after as one that is over.
+	if err := s.Commit("b", []byte("x"), wall.now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	wantFound(t, s, "b", "x")
+	if err := s.Delete("b"); err != nil {
+		t.Fatal(err)
+	}
+	if got := pair(t, cli, "a").ModRevision; got != rev {
+		t.Errorf("the session was written at revision %d", got)
+	}
+	wantFound(t, other, "a", string(data))
+
+	wall.step(-24 * time.Hour)
+	wantFound(t, s, "a", string(data))
+	if err := s.Update(t.Context(), "a", func(v map[string]any) error { v["n"] = 4; return nil }); err != nil {
+		t.Errorf("Update when the clock is right again: %v", err)
+	}
+	wantValues(t, other, "a", map[string]any{"n": 4})
+}
