@@ -62,6 +62,7 @@ var (
 	errLockLost   = fmt.Errorf("%w: the session's lock was lost", ErrConflict)
 	errForeignKey = fmt.Errorf("%w: the key belongs to a store with another prefix", ErrInvalidToken)
 	errFormat     = errors.New("etcdstore: session was stored in a format that this version cannot read")
+	errCorrupt    = errors.New("etcdstore: stored session is damaged")
 	errCodec      = errors.New("etcdstore: the codec panicked")
 	errAbandoned  = errors.New("etcdstore: call was abandoned")
 	errBareExpiry = errors.New("etcdstore: the expiry of a session of scs's own etcdstore is not known")

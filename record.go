@@ -1,6 +1,7 @@
 package etcdstore
 
 import (
+	"bytes"
 	"encoding/binary"
 	"hash/crc32"
 	"math"
@@ -28,6 +29,11 @@ import (
 //
 // The length and what follows it keep their distance from the end in every version, so that an older reader
 // can tell a newer record from a value without a trailer, which is a session of scs's own etcdstore.
+//
+// The magic decides which of the two a value is, so whatever ends in the magic and does not hold together, by its
+// length or its checksum, is a damaged record: nothing of it is served. (A session of scs's own etcdstore that ends
+// in the magic by accident counts as one.) Where the damage is in the magic itself, or the value's end is cut off,
+// there is no telling: it looks like a session of scs's own etcdstore, and is served as such.
 const (
 	recordVersion = 1
 	recordMagic   = "\xe7scsetcd"
@@ -60,9 +66,10 @@ type record struct {
 type recordKind int
 
 const (
-	kindRecord recordKind = iota // a record of this version
-	kindBare                     // no trailer: a session of scs's own etcdstore
-	kindNewer                    // a record of a version that this code does not know
+	kindRecord  recordKind = iota // a record of this version
+	kindBare                      // no trailer: a session of scs's own etcdstore
+	kindNewer                     // a record of a version that this code does not know
+	kindCorrupt                   // a record that is damaged
 )
 
 // encode returns the value that stores r.
@@ -79,17 +86,21 @@ func (r *record) encode() []byte {
 	return append(b, recordMagic...)
 }
 
-// decodeRecord tells what value is and, for a record, what it holds. The payload aliases value.
+// decodeRecord tells what value is and, for a record, what it holds. The payload aliases value; of what is damaged
+// there is none.
 func decodeRecord(value []byte) (record, recordKind) {
-	tail := len(value) - recordTailLen
-	if tail < 0 || string(value[tail+6:]) != recordMagic {
+	if !bytes.HasSuffix(value, []byte(recordMagic)) {
 		return record{payload: value}, kindBare
+	}
+	tail := len(value) - recordTailLen
+	if tail < 0 {
+		return record{}, kindCorrupt
 	}
 	size := int(binary.BigEndian.Uint16(value[tail:]))
 	sum := binary.BigEndian.Uint32(value[tail+2:])
 	start := len(value) - size
 	if size <= recordTailLen || start < 0 || crc32.Checksum(value[:tail+2], castagnoli) != sum {
-		return record{payload: value}, kindBare
+		return record{}, kindCorrupt
 	}
 	t := value[start:]
 	if t[0] != recordVersion || size != recordTrailer {

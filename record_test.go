@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/hex"
+	"fmt"
 	"hash/crc32"
 	"maps"
 	"math"
@@ -116,19 +117,34 @@ func TestRecord_GobCodecReadsStoredValue(t *testing.T) {
 	}
 }
 
+// wantKind fails t unless value is of a kind that has no fields, with this payload.
+func wantKind(t *testing.T, what string, value []byte, kind recordKind, payload []byte) {
+	t.Helper()
+	got, k := decodeRecord(value)
+	if k != kind || !bytes.Equal(got.payload, payload) {
+		t.Errorf("%s: kind %d, payload %q; want kind %d, payload %q", what, k, got.payload, kind, payload)
+	}
+	if got.expiry != 0 || got.leaseEnd != 0 || got.prefixLen != 0 || got.id != (writeID{}) {
+		t.Errorf("%s: fields of what is no record: %+v", what, got)
+	}
+}
+
+// Without its end a record has no magic, so it looks like a session of scs's own etcdstore.
 func TestDecodeRecord_Truncated(t *testing.T) {
 	r := sampleRecord()
 	value := r.encode()
 	for i := 1; i <= len(value); i++ {
-		for name, part := range map[string][]byte{"end": value[:len(value)-i], "start": value[i:]} {
-			got, kind := decodeRecord(part)
-			if kind != kindBare || !bytes.Equal(got.payload, part) {
-				t.Errorf("%d bytes cut off the %s: kind %d, payload %q", i, name, kind, got.payload)
-			}
+		end, start := value[:len(value)-i], value[i:]
+		wantKind(t, fmt.Sprint(i, " bytes cut off the end"), end, kindBare, end)
+		if len(start) >= len(recordMagic) {
+			wantKind(t, fmt.Sprint(i, " bytes cut off the start"), start, kindCorrupt, nil)
+		} else {
+			wantKind(t, fmt.Sprint(i, " bytes cut off the start"), start, kindBare, start)
 		}
 	}
 }
 
+// A value of which any bit was flipped is not served, except where that hides that it was a record.
 func TestDecodeRecord_FlippedBit(t *testing.T) {
 	for _, payload := range []string{"", "payload"} {
 		r := sampleRecord()
@@ -137,8 +153,11 @@ func TestDecodeRecord_FlippedBit(t *testing.T) {
 		for bit := range len(value) * 8 {
 			flipped := bytes.Clone(value)
 			flipped[bit/8] ^= 1 << (bit % 8)
-			if got, kind := decodeRecord(flipped); kind == kindRecord {
-				t.Errorf("payload %q, bit %d of byte %d flipped: still a record: %+v", payload, bit%8, bit/8, got)
+			what := fmt.Sprintf("payload %q, bit %d of byte %d flipped", payload, bit%8, bit/8)
+			if bit/8 < len(value)-len(recordMagic) {
+				wantKind(t, what, flipped, kindCorrupt, nil)
+			} else {
+				wantKind(t, what, flipped, kindBare, flipped)
 			}
 		}
 	}
@@ -169,30 +188,28 @@ func TestDecodeRecord_Kinds(t *testing.T) {
 		{"version 0", seal([]byte("payload"), changed(0)), kindNewer},
 		{"this version, more fields", seal([]byte("payload"), changed(1, 1, 2, 3)), kindNewer},
 		{"this version, fewer fields", seal([]byte("payload"), fields[:36]), kindNewer},
-		{"trailer without fields", seal([]byte("payload"), nil), kindBare},
-		{"longer trailer than value", seal(nil, fields)[1:], kindBare},
-		{"wrong checksum", badSum, kindBare},
+		{"trailer without fields", seal([]byte("payload"), nil), kindCorrupt},
+		{"longer trailer than value", seal(nil, fields)[1:], kindCorrupt},
+		{"wrong checksum", badSum, kindCorrupt},
 		{"nil", nil, kindBare},
 		{"empty", []byte{}, kindBare},
 		{"session of scs", session, kindBare},
-		{"magic alone", []byte(recordMagic), kindBare},
+		{"magic alone", []byte(recordMagic), kindCorrupt},
 		{"tail alone", make([]byte, recordTailLen), kindBare},
-		{"text, then the magic", []byte("some text that is long enough for a trailer, and then " + recordMagic), kindBare},
+		{"text, then the magic", []byte("some text that is long enough for a trailer, and then " + recordMagic), kindCorrupt},
+		{"session of scs, then the magic", slices.Concat(session, []byte(recordMagic)), kindCorrupt},
+		{"text with the magic in it", []byte("some text with " + recordMagic + " in it"), kindBare},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			got, kind := decodeRecord(tc.value)
-			if kind != tc.kind {
-				t.Fatalf("kind %d, want %d", kind, tc.kind)
-			}
-			want := tc.value
-			if kind != kindBare {
-				want = []byte("payload")
-			}
-			if !bytes.Equal(got.payload, want) {
-				t.Errorf("payload = %q, want %q", got.payload, want)
-			}
-			if kind != kindRecord && (got.expiry != 0 || got.leaseEnd != 0 || got.prefixLen != 0 || got.id != writeID{}) {
-				t.Errorf("fields of what is no record: %+v", got)
+			switch tc.kind {
+			case kindRecord:
+				wantRecord(t, tc.value, r)
+			case kindNewer:
+				wantKind(t, tc.name, tc.value, kindNewer, []byte("payload"))
+			case kindBare:
+				wantKind(t, tc.name, tc.value, kindBare, tc.value)
+			case kindCorrupt:
+				wantKind(t, tc.name, tc.value, kindCorrupt, nil)
 			}
 		})
 	}
@@ -204,9 +221,7 @@ func TestDecodeRecord_TrailerLongerThanValue(t *testing.T) {
 		b := binary.BigEndian.AppendUint16(nil, size)
 		b = binary.BigEndian.AppendUint32(b, crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
 		b = append(b, recordMagic...)
-		if got, kind := decodeRecord(b); kind != kindBare || !bytes.Equal(got.payload, b) {
-			t.Errorf("size %d: kind %d, payload %q", size, kind, got.payload)
-		}
+		wantKind(t, fmt.Sprint("size ", size), b, kindCorrupt, nil)
 	}
 }
 
@@ -338,8 +353,12 @@ func FuzzRecord(f *testing.F) {
 				t.Errorf("%q is taken for the record %+v, which is encoded as %q", payload, got, again)
 			}
 		case kindBare:
-			if !bytes.Equal(got.payload, payload) {
+			if !bytes.Equal(got.payload, payload) || bytes.HasSuffix(payload, []byte(recordMagic)) {
 				t.Errorf("payload of the bare value %q = %q", payload, got.payload)
+			}
+		case kindCorrupt:
+			if got.payload != nil || !bytes.HasSuffix(payload, []byte(recordMagic)) {
+				t.Errorf("payload of the damaged record %q = %q", payload, got.payload)
 			}
 		case kindNewer:
 			if !bytes.HasPrefix(payload, got.payload) || !bytes.HasSuffix(payload, []byte(recordMagic)) {
@@ -352,7 +371,7 @@ func FuzzRecord(f *testing.F) {
 			got, kind := decodeRecord(sealed)
 			switch {
 			case len(fields) == 0:
-				if kind != kindBare || !bytes.Equal(got.payload, sealed) {
+				if kind != kindCorrupt || got.payload != nil {
 					t.Errorf("a trailer without fields: kind %d, payload %q", kind, got.payload)
 				}
 			case len(fields) == 37 && fields[0] == 1:
@@ -368,6 +387,12 @@ func FuzzRecord(f *testing.F) {
 		// What was encoded decodes to itself, whatever the payload looks like.
 		want := record{payload: payload, prefixLen: int(prefixLen), expiry: millis(expiry), leaseEnd: millis(leaseEnd)}
 		copy(want.id[:], id)
-		wantRecord(t, want.encode(), want)
+		value := want.encode()
+		wantRecord(t, value, want)
+		// And where a byte of it is another, it is not served. leaseEnd says which byte.
+		if at := uint64(leaseEnd) % uint64(len(value)-len(recordMagic)); len(id) > 0 && id[0] != 0 {
+			value[at] ^= id[0]
+			wantKind(t, fmt.Sprintf("byte %d changed", at), value, kindCorrupt, nil)
+		}
 	})
 }

@@ -92,7 +92,7 @@ type version struct {
 	// Where this version stands in the key's history: the revision that created the key, and its number since then.
 	created, nth int64
 
-	err error // the key is not this store's to write: errForeignKey, errFormat
+	err error // why the store cannot take what is there for a session of its own: errForeignKey, errFormat, errCorrupt
 }
 
 // live returns the session that v holds at the time now, nil where there is none.
@@ -101,6 +101,14 @@ func (v *version) live(now millis) *image {
 		return nil
 	}
 	return v.image
+}
+
+// unreadable returns why what v holds cannot be read: nil where it can, or where it is no session of this store's.
+func (v *version) unreadable() error {
+	if v.err == errForeignKey { //nolint:errorlint // never wrapped here
+		return nil
+	}
+	return v.err
 }
 
 // decodeVersion reads what a Get of key answered at revision asOf: no pair, or one.
@@ -112,21 +120,21 @@ func (e *EtcdStore) decodeVersion(kvs []*mvccpb.KeyValue, asOf int64) *version {
 	v := &version{rev: kv.ModRevision, asOf: asOf, lease: clientv3.LeaseID(kv.Lease), created: kv.CreateRevision, nth: kv.Version}
 	rec, kind := decodeRecord(kv.Value)
 	switch {
+	case kind == kindRecord && rec.prefixLen != len(e.prefix), kind != kindRecord && !bareToken(kv.Key[len(e.prefix):]):
+		v.err = errForeignKey
 	case kind == kindNewer:
 		v.err = errFormat
-	case kind == kindBare && !bareToken(kv.Key[len(e.prefix):]):
-		v.err = errForeignKey
-	case kind == kindRecord && rec.prefixLen != len(e.prefix):
-		v.err = errForeignKey
+	case kind == kindCorrupt:
+		v.err = errCorrupt
 	}
 	v.image = imageOf(e.codec, rec.payload, rec.expiry)
 	v.until, v.id = rec.leaseEnd, rec.id
 	return v
 }
 
-// bareToken reports whether a value without a trailer under this token is a session of scs's own etcdstore.
-// Such a value does not say what its prefix is, so the token decides: scs's tokens are base64url, and a token
-// with another character is rather the end of a longer prefix, as in 'scs:session:' beside 'scs:session:1:'.
+// bareToken reports whether a value under this token that does not say what its prefix is (it has no trailer, or one
+// that cannot be read) is a session of this store. The token decides: scs's tokens are base64url, and a token with
+// another character is rather the end of a longer prefix, as in 'scs:session:' beside 'scs:session:1:'.
 func bareToken(token []byte) bool {
 	for _, c := range token {
 		switch {

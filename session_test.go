@@ -2,9 +2,11 @@ package etcdstore
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/alexedwards/scs/v2"
@@ -158,5 +160,93 @@ func TestCommit_TouchesDoNotAddUp(t *testing.T) {
 	rec, _ := decodeRecord(resp.Kvs[0].Value)
 	if behind := toMillis(start.Add(150 * time.Minute)).since(rec.expiry); behind >= time.Hour {
 		t.Errorf("stored expiry is %v behind, the interval is 1h", behind)
+	}
+}
+
+// What cannot be read is not served, not listed, and not overwritten, but it can be deleted.
+func TestStore_Unreadable(t *testing.T) {
+	whole := func(token string) []byte {
+		r := record{payload: gobSession(t, time.Now().Add(time.Hour), map[string]any{"n": 1, "of": token}), prefixLen: len(fakePrefix), expiry: forever}
+		return r.encode()
+	}
+	damaged, newer := whole("damaged"), seal([]byte("payload"), []byte{recordVersion + 1})
+	damaged[len(damaged)/2] ^= 1
+	for _, tc := range []struct {
+		name  string
+		value []byte
+		err   error
+	}{
+		{"damaged", damaged, errCorrupt},
+		{"newer", newer, errFormat},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, f := newFakeStore(t)
+				f.seed(t, "whole", "n", 1)
+				f.seed(t, "a", "n", 1)
+				ctx := Begin(t.Context())
+				if _, ok, err := s.FindCtx(ctx, "a"); !ok || err != nil {
+					t.Fatal(ok, err)
+				}
+				for _, token := range []string{"a", "a:b"} {
+					if _, err := f.Put(t.Context(), fakePrefix+token, string(tc.value)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				versions := func() [2]int {
+					f.mu.Lock()
+					defer f.mu.Unlock()
+					return [2]int{len(f.history[fakePrefix+"a"]), len(f.history[fakePrefix+"a:b"])}
+				}
+				before := versions()
+
+				expiry := time.Now().Add(time.Hour)
+				data := gobSession(t, expiry, map[string]any{"n": 2})
+				if b, ok, err := s.Find("a"); b != nil || ok || !errors.Is(err, tc.err) {
+					t.Errorf("Find = %q, %v, %v; want %v", b, ok, err, tc.err)
+				}
+				if all, err := s.All(); err != nil || len(all) != 1 || all["whole"] == nil {
+					t.Errorf("All = %q, %v; want what can be read", all, err)
+				}
+				if err := s.Commit("a", data, expiry); !errors.Is(err, tc.err) {
+					t.Errorf("Commit = %v; want %v", err, tc.err)
+				}
+				if err := s.CommitCtx(ctx, "a", data, expiry); err == nil {
+					t.Error("the commit of a request that read the session before succeeded")
+				}
+				failed := Begin(t.Context())
+				if _, _, err := s.FindCtx(failed, "a"); !errors.Is(err, tc.err) {
+					t.Errorf("FindCtx = %v; want %v", err, tc.err)
+				}
+				if err := s.CommitCtx(failed, "a", data, expiry); !errors.Is(err, tc.err) {
+					t.Errorf("CommitCtx = %v; want %v", err, tc.err)
+				}
+				err := s.Update(t.Context(), "a", func(map[string]any) error {
+					t.Error("Update ran its function")
+					return nil
+				})
+				if err == nil {
+					t.Error("Update succeeded")
+				}
+				// Whose it is under such a token it does not say, so it is not this store's.
+				wantAbsent(t, s, "a:b")
+				if err := s.Commit("a:b", data, expiry); !errors.Is(err, ErrInvalidToken) {
+					t.Errorf("Commit over what may be another store's = %v; want ErrInvalidToken", err)
+				}
+				if err := s.Delete("a:b"); err != nil {
+					t.Errorf("Delete of what may be another store's = %v", err)
+				}
+				if after := versions(); after != before {
+					t.Errorf("versions of the keys before: %d, after: %d", before, after)
+				}
+
+				if err := s.Delete("a"); err != nil {
+					t.Errorf("Delete = %v", err)
+				}
+				wantAbsent(t, s, "a")
+				mustCommit(t, s, "a", "new", time.Hour)
+				wantFound(t, s, "a", "new")
+			})
+		})
 	}
 }

@@ -96,8 +96,8 @@ func (e *EtcdStore) FindCtx(ctx context.Context, token string) (b []byte, exists
 		switch {
 		case err != nil:
 			return err
-		case v.err == errFormat: //nolint:errorlint // never wrapped here
-			return errFormat
+		case v.unreadable() != nil:
+			return v.unreadable()
 		}
 		image := v.live(e.now())
 		t.note(readKey{e, token}, read{image: image, rev: v.rev, version: v})
