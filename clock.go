@@ -12,8 +12,8 @@ const clockSlack = time.Minute
 //
 // The wall clock decides, since scs computes expiries from it. But it does not go back by small steps, as NTP, a machine
 // that was resumed, or a leap second make: while the wall clock lags behind what now has returned by a minute at most, now
-// stands still, so what this process has called expired stays expired. A session that is made meanwhile ends early by as
-// much.
+// stands still, so what this process has called expired stays expired. Early ends only a session that is made meanwhile
+// and is to end before the wall clock has caught up.
 //
 // A larger step back means that the clock was wrong before, and is followed at once. Sessions that seemed to have expired
 // are there again, as they should have been all the time: reading an expiry deletes nothing, so a clock that jumps ahead

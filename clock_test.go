@@ -90,7 +90,8 @@ func TestClock_Concurrent(t *testing.T) {
 					t.Errorf("the clock went back by %d ms", before-now)
 					return
 				}
-				for s := seen.Load(); now > s && !seen.CompareAndSwap(s, now); s = seen.Load() {
+				for s := seen.Load(); now > s; s = seen.Load() {
+					seen.CompareAndSwap(s, now)
 				}
 			}
 		})
