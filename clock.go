@@ -8,7 +8,7 @@ import (
 // clockSlack is by how much the wall clock may fall behind without being followed.
 const clockSlack = time.Minute
 
-// clock is the store's notion of now. It decides expiry, and the time that leases have left.
+// clock is the store's notion of now. It decides expiry.
 //
 // The wall clock decides, since scs computes expiries from it. But it does not go back by small steps, as NTP, a machine
 // that was resumed, or a leap second make: while the wall clock lags behind what now has returned by a minute at most, now
@@ -30,6 +30,10 @@ type clock struct {
 	wall func() time.Time
 	last atomic.Int64 // what now returned last, in Unix milliseconds
 }
+
+// wallTime returns the time of the wall clock as it is, for leases: what one granted while that was ahead is said to last
+// does not hold once it is set right, however small the step.
+func (c *clock) wallTime() millis { return toMillis(c.wall()) }
 
 // now returns the time.
 func (c *clock) now() millis {

@@ -199,3 +199,45 @@ func TestStore_ClockJumpsAhead(t *testing.T) {
 	}
 	wantValues(t, other, "a", map[string]any{"n": 4})
 }
+
+// leaseLeft returns how long the lease of a session still lasts.
+func leaseLeft(t *testing.T, cli *clientv3.Client, token string) time.Duration {
+	t.Helper()
+	resp, err := cli.TimeToLive(t.Context(), clientv3.LeaseID(pair(t, cli, token).Lease))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(resp.TTL) * time.Second
+}
+
+// A lease that was granted while the clock was ahead ends earlier than that clock said: no session may rely on it.
+func TestStore_LeaseOfAClockThatWasAhead(t *testing.T) {
+	for _, tc := range []struct {
+		name        string
+		ahead       time.Duration
+		first, life time.Duration // of the session that had the lease granted, and of the one that is looked at
+		another     bool          // the two are one session, and a machine with the right clock commits it again
+	}{
+		{"a day", 24 * time.Hour, 2 * time.Hour, 20 * time.Hour, false},
+		{"less than a minute", 50 * time.Second, 2 * time.Minute, 190 * time.Second, false},
+		{"on another machine", 24 * time.Hour, 30 * time.Minute, 2 * time.Hour, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			s, wall, cli := newWallStore(t)
+			right, first := s, "first"
+			if tc.another {
+				right, first = New(cli), "a"
+				defer mustClose(t, right)
+			}
+			wall.step(tc.ahead)
+			if err := s.Commit(first, []byte("x"), wall.now().Add(tc.first)); err != nil {
+				t.Fatal(err)
+			}
+			wall.step(-tc.ahead)
+			mustCommit(t, right, "a", "x", tc.life)
+			if left := leaseLeft(t, cli, "a"); left < tc.life-time.Second {
+				t.Errorf("a session that lives for %v is on a lease that ends in %v", tc.life, left)
+			}
+		})
+	}
+}

@@ -158,6 +158,7 @@ func TestUnavailable(t *testing.T) {
 		{"gone", ErrSessionGone, false},
 		{"closed", ErrClosed, false},
 		{"format", errFormat, false},
+		{"damaged", errCorrupt, false},
 		{"application's", errors.New("unavailable"), false},
 	} {
 		if got := unavailable(tc.err); got != tc.want {
@@ -279,7 +280,7 @@ func TestCallError(t *testing.T) {
 func TestErrors_Prefix(t *testing.T) {
 	causes := []error{
 		ErrConflict, ErrSessionGone, ErrOutcomeUnknown, ErrTooLarge, ErrInvalidToken, ErrClosed,
-		errLockLost, errForeignKey, errFormat, errAbandoned, errBareExpiry,
+		errLockLost, errForeignKey, errFormat, errCorrupt, errAbandoned, errBareExpiry,
 		&ConflictError{}, &ConflictError{Keys: []string{"a"}},
 		context.Canceled, context.DeadlineExceeded, io.EOF, errors.New(""), errors.New("gob: type not registered"),
 		status.Error(codes.Unavailable, "EOF"),

@@ -71,6 +71,7 @@ type lease struct {
 	id    clientv3.LeaseID
 	key   string
 	until millis // it lasts until then at least
+	since millis // it was granted then
 	opens millis // it is attached to until then
 
 	moving sync.Mutex // held while the fence is being moved: once is enough for all who need it
@@ -127,6 +128,14 @@ func (p *leasePool) keep(id clientv3.LeaseID) clientv3.OpOption {
 	return clientv3.WithIgnoreLease()
 }
 
+// covers reports whether a session that expires at e may keep a lease that is said to last until then. One that outlasts the
+// session by more than it has left, as no session is attached to, was perhaps granted by a machine whose clock was ahead,
+// and ends earlier.
+func (p *leasePool) covers(until, e, now millis) bool {
+	e = leased(e, now)
+	return e <= until && until <= e.plus(max(e.since(now), 2*time.Second))
+}
+
 // fitting returns the oldest lease that a session may attach to, and how many seats such leases have.
 //
 // REQUIRES: mu is held.
@@ -151,7 +160,8 @@ func (p *leasePool) fitting(e, now millis) (first *lease, free int) {
 // REQUIRES: mu is held.
 func (p *leasePool) retire(now millis) {
 	p.open = slices.DeleteFunc(p.open, func(l *lease) bool {
-		over := l.sessions >= leaseSeats || l.opens <= now
+		// Where the clock has been set back since, the lease ends earlier than its until says.
+		over := l.sessions >= leaseSeats || l.opens <= now || now < l.since
 		if over {
 			p.closed = append(p.closed, l)
 		}
@@ -225,6 +235,7 @@ func (p *leasePool) newLease(now millis, left time.Duration, until millis) (*lea
 		id:    resp.ID,
 		key:   p.prefix + strconv.FormatInt(int64(resp.ID), 16),
 		until: until,
+		since: now,
 		opens: now.plus(max(left/4, time.Second)),
 	}
 	p.mu.Lock()

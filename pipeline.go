@@ -2,6 +2,7 @@ package etcdstore
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -332,8 +333,12 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 			p.expired(o)
 			continue
 		}
-		if o.run(cur); o.err == nil && o.made != nil && a.base.err != nil {
+		o.run(cur)
+		switch unreadable := a.base.unreadable(); {
+		case o.err == nil && o.made != nil && a.base.err != nil:
 			o.err = a.base.err
+		case unreadable != nil && errors.Is(o.err, ErrSessionGone):
+			o.err = unreadable // it is there
 		}
 		a.ops = append(a.ops, o)
 		a.guard = o.guard
@@ -368,7 +373,7 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 			return nil
 		}
 		a.record = record{payload: payload, prefixLen: len(p.prefix), expiry: a.final.expiry, id: newWriteID()}
-		if a.base.lease != 0 && leased(a.final.expiry, now) <= a.base.until {
+		if a.base.lease != 0 && p.leases.covers(a.base.until, a.final.expiry, now) {
 			a.record.leaseEnd = a.base.until
 			a.value = string(a.record.encode())
 			a.keep = p.leases.keep(a.base.lease)

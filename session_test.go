@@ -211,8 +211,8 @@ func TestStore_Unreadable(t *testing.T) {
 				if err := s.Commit("a", data, expiry); !errors.Is(err, tc.err) {
 					t.Errorf("Commit = %v; want %v", err, tc.err)
 				}
-				if err := s.CommitCtx(ctx, "a", data, expiry); err == nil {
-					t.Error("the commit of a request that read the session before succeeded")
+				if err := s.CommitCtx(ctx, "a", data, expiry); !errors.Is(err, tc.err) {
+					t.Errorf("the commit of a request that read the session before = %v; want %v", err, tc.err)
 				}
 				failed := Begin(t.Context())
 				if _, _, err := s.FindCtx(failed, "a"); !errors.Is(err, tc.err) {
@@ -225,8 +225,8 @@ func TestStore_Unreadable(t *testing.T) {
 					t.Error("Update ran its function")
 					return nil
 				})
-				if err == nil {
-					t.Error("Update succeeded")
+				if !errors.Is(err, tc.err) {
+					t.Errorf("Update = %v; want %v", err, tc.err)
 				}
 				// Whose it is under such a token it does not say, so it is not this store's.
 				wantAbsent(t, s, "a:b")

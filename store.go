@@ -67,7 +67,7 @@ func newStore(api etcd, client *clientv3.Client, prefix string, opts []Option) *
 		options: newOptions(opts), clock: clock{wall: time.Now},
 		prefix: prefix, client: client, conn: &conn{etcd: api},
 	}
-	e.leases = newLeasePool(e.conn, prefix+reserved+"lease/", e.now, e.background.Go)
+	e.leases = newLeasePool(e.conn, prefix+reserved+"lease/", e.wallTime, e.background.Go)
 	e.reader = newReader(e.conn, e.decodeVersion)
 	e.pipeline = newPipeline(e.conn, e.leases, prefix, e.now, e.decodeVersion)
 	e.locks = newLocks(client, prefix+reserved+"lock/", e.timeout, e.background.Go)
