@@ -8,7 +8,8 @@ import (
 
 // Limits of the dispatch rule.
 const (
-	minInFlight  = 2
+	minInFlight  = 1
+	newInFlight  = 2 // before etcd has answered
 	maxInFlight  = 16
 	maxFull      = 64                     // batches in flight, counting full ones that go whatever the rule says
 	stuckAfter   = 250 * time.Millisecond // a batch that takes longer no longer counts
@@ -20,7 +21,7 @@ const (
 // While batches are in flight the queue grows, and the more it has grown, the fewer requests carry it: that is
 // group commit. What remains to choose is how many batches may be in flight:
 //
-//   - At most N = 16 · least latency / average latency, between 2 and 16. Batches that slow each other down,
+//   - At most N = 16 · least latency / average latency, between 1 and 16. Batches that slow each other down,
 //     on a busy machine or etcd, become fewer and larger; where the time goes into the network and not into
 //     work, they do not slow each other down, and many of them keep callers from waiting.
 //   - A free slot sends at once. There is no linger timer: a lone caller never waits for company. Instead a
@@ -74,7 +75,7 @@ func (l *lane) limit() int {
 		least = l.least[1]
 	}
 	if l.average == 0 || least == 0 {
-		return minInFlight
+		return newInFlight
 	}
 	return min(max(int(maxInFlight*least/l.average), minInFlight), maxInFlight)
 }

@@ -35,7 +35,7 @@ func TestLane_Kick(t *testing.T) {
 		"as fast as ever, 16 in flight":         {lane{average: ms, least: [2]time.Duration{ms}, counted: 16, total: 16}, 5, 0},
 		"half as fast, 7 in flight":             {lane{average: 2 * ms, least: [2]time.Duration{ms}, counted: 7, total: 7}, 5, 1},
 		"half as fast, 8 in flight":             {lane{average: 2 * ms, least: [2]time.Duration{ms}, counted: 8, total: 8}, 5, 0},
-		"far slower, 2 in flight":               {lane{average: 99 * ms, least: [2]time.Duration{ms}, counted: 2, total: 2}, 5, 0},
+		"far slower, 1 in flight":               {lane{average: 99 * ms, least: [2]time.Duration{ms}, counted: 1, total: 1}, 5, 0},
 		"far slower, nothing waits":             {lane{average: 99 * ms, least: [2]time.Duration{ms}}, 0, 0},
 		"as fast as ever, nothing waits":        {lane{average: ms, least: [2]time.Duration{ms}}, 0, 0},
 		"as fast as ever, many wait, not full":  {lane{average: ms, least: [2]time.Duration{ms}, batch: 100}, 99, 1},
@@ -86,7 +86,8 @@ func TestLane_Limit(t *testing.T) {
 		{[2]time.Duration{5, 10}, 10, 8},
 		{[2]time.Duration{10, 0}, 15, 10},
 		{[2]time.Duration{10, 0}, 80, 2},
-		{[2]time.Duration{10, 0}, 1000, 2},
+		{[2]time.Duration{10, 0}, 81, 1},
+		{[2]time.Duration{10, 0}, 1000, 1},
 	} {
 		l := lane{least: c.least, average: c.average}
 		if got := l.limit(); got != c.want {
