@@ -11,8 +11,9 @@ import (
 )
 
 // attemptTimeout bounds one request to etcd. It is far below the server's own time-out, so that the client
-// never resends a write behind our back because the server gave up on it, and so that the next attempt reaches
-// another member soon after a leader is lost. It doubles, up to twice, when attempts keep running out of time.
+// hardly ever resends a write behind our back because the server gave up on it (client/v3/retry_interceptor.go), and so
+// that the next attempt reaches another member soon after a leader is lost. It doubles, up to twice, when attempts
+// keep running out of time.
 const attemptTimeout = 500 * time.Millisecond
 
 // etcd is what the store needs of a *clientv3.Client. Tests put a fake in its place.
