@@ -46,9 +46,12 @@ const (
 //
 // A lease is closed when it is full or too old to be attached to. The owner revokes a closed lease when no
 // session is on it any more. It deletes the lease's key first, so that a Put that was under way fails its compare
-// and takes another lease, and looks again: else that session would go with the lease. Rejected: keep-alive (a goroutine and a stream per process, and a crash orphans the sessions), one
-// lease per session (slow leader changes), one cached lease (its expiry would be a write stall: it deletes key by
-// key in one entry).
+// and takes another lease, and looks again: else that session would go with the lease. A lease whose grant was answered
+// by an error is not known to its owner: if there is one, it stays empty and ends by itself.
+//
+// Rejected: keep-alive (a goroutine and a stream per process, and a crash orphans the sessions), one lease per
+// session (slow leader changes), one cached lease (its expiry would be a write stall: it deletes key by key in one
+// entry).
 type leasePool struct {
 	conn   *conn
 	prefix string // of the leases' keys

@@ -136,9 +136,9 @@ func newPipeline(c *conn, leases *leasePool, prefix string, now func() millis, d
 	return p
 }
 
-// do runs a transition and returns what came of it. It ends with the deadline, give or take an attempt, or when ctx does: then the error is
-// ErrOutcomeUnknown where the transition may have reached etcd, and it goes on to its end within its deadline; else it will
-// not take effect.
+// do runs a transition and returns what came of it. It ends with the deadline, or with the attempt that is under way by
+// then, or when ctx ends: then the error is ErrOutcomeUnknown where the transition may have reached etcd, and it goes on to
+// its end within its deadline; else it will not take effect.
 func (p *pipeline) do(ctx context.Context, deadline time.Time, o *op) error {
 	o.deadline = deadline
 	o.done = make(chan struct{})
@@ -305,7 +305,7 @@ type attempt struct {
 	seat    seat // a new one, on the lease that the Put names; zero where it keeps the key's lease, or there is no Put
 	keep    clientv3.OpOption
 	guard   *guard
-	since   int64 // etcd's revision before the first send: a version up to it is not this attempt's
+	since   int64 // a revision that etcd had before the first send, lately: a version up to it is not this attempt's
 	unknown bool  // the outcome of a send is unknown
 }
 

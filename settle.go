@@ -398,6 +398,10 @@ func (p *pipeline) refusedAlone(a *attempt, err error) []*attempt {
 
 // settleCreate settles an attempt to create whose outcome is unknown: first so that no send of it can be applied any
 // more, then by what the key and its history show.
+//
+// What no fence helps against is the client's own second send, within the same attempt, of a create that was applied and
+// deleted by others in between: it compares the same fence. That takes a server that answers a write which it applies with
+// Canceled or DeadlineExceeded, and a logout within the attempt.
 func (p *pipeline) settleCreate(a *attempt) {
 	err := p.within(a, func(ctx context.Context) error { return p.leases.refence(ctx, a.seat) })
 	if err != nil {
