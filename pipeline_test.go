@@ -265,8 +265,8 @@ func stall(t *testing.T, s *EtcdStore, f *fakeEtcd) (release func()) {
 	for _, token := range tokens {
 		results = append(results, started(func() error { return s.Update(t.Context(), token, setting("a", 1)) }))
 	}
-	if n := len(f.batches()); n != minInFlight {
-		t.Fatalf("%d batches are in flight, want %d", n, minInFlight)
+	if n := len(f.batches()); n != newInFlight {
+		t.Fatalf("%d batches are in flight, want %d", n, newInFlight)
 	}
 	return func() {
 		t.Helper()

@@ -68,11 +68,11 @@ func stallReads(t *testing.T, s *EtcdStore, f *fakeEtcd) (release func()) {
 	t.Helper()
 	f.reads()
 	release = f.hold(isRead)
-	for range minInFlight {
+	for range newInFlight {
 		finding(t, t.Context(), s, "stalled")
 	}
-	if n := len(f.reads()); n != minInFlight {
-		t.Fatalf("%d reads are in flight, want %d", n, minInFlight)
+	if n := len(f.reads()); n != newInFlight {
+		t.Fatalf("%d reads are in flight, want %d", n, newInFlight)
 	}
 	return release
 }
