@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -55,6 +56,17 @@ func (s *site) wantUnlocked(t *testing.T) {
 	etcdtest.Eventually(t, patience, func() bool { return len(s.lockKeys(t)) == 0 }, "a lock's key was left")
 }
 
+// queued returns at how many sessions a process takes turns, and how many requests have a turn or wait for one.
+func queued(s *EtcdStore) (sessions, users int) {
+	t := &s.locks.turns
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, q := range t.queue {
+		users += q.users
+	}
+	return len(t.queue), users
+}
+
 // newSites starts n sites with Exclusive on a cluster of one.
 func newSites(t *testing.T, n int, opts ...Option) []*site {
 	t.Helper()
@@ -85,11 +97,19 @@ func (s *site) handleStop(path string) *stop {
 	h := &stop{make(chan struct{}, 1), make(chan struct{})}
 	s.mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
 		s.manager.Put(r.Context(), path, true)
-		h.inside <- struct{}{}
-		<-h.goOn
+		h.stay(r)
 		fmt.Fprint(w, path)
 	})
 	return h
+}
+
+// stay is called by the handler.
+func (h *stop) stay(r *http.Request) {
+	h.inside <- struct{}{}
+	select {
+	case <-h.goOn:
+	case <-r.Context().Done(): // the test has failed
+	}
 }
 
 // handleSet registers a handler that sets a key.
@@ -143,13 +163,9 @@ func TestExclusive_OneAtATime(t *testing.T) {
 	if got := b.get(t, one+"/get?key=n").body; got != "40" || counted.Load() != 40 {
 		t.Errorf("counted %s in the session, %d in memory; want 40", got, counted.Load())
 	}
-	if keys := etcdtest.Keys(t, f.admin, lockPrefix); len(keys) != 0 {
-		t.Errorf("keys left: %q", keys)
-	}
-	for i, s := range f.stores {
-		if n := len(s.locks.turns.queue); n != 0 {
-			t.Errorf("server %d: %d turns were not given back", i, n)
-		}
+	etcdtest.Eventually(t, patience, func() bool { return len(etcdtest.Keys(t, f.admin, lockPrefix)) == 0 }, "a lock's key was left")
+	for _, s := range f.stores {
+		etcdtest.Eventually(t, patience, func() bool { sessions, _ := queued(s); return sessions == 0 }, "a turn was not given back")
 	}
 }
 
@@ -198,10 +214,11 @@ func TestExclusive_OtherSessions(t *testing.T) {
 
 // The lock's key does not tell the token, and goes with the lock. The lease stays until the store is closed.
 func TestExclusive_Key(t *testing.T) {
-	s := newSites(t, 1)[0]
+	s := newSites(t, 1, WithTimeout(time.Minute))[0]
 	h := s.handleStop("/")
 	b := s.login(t)
 	token := b.token(t, s)
+	began := time.Now()
 	answer := b.begin(t, s, "/")
 	<-h.inside
 	keys := s.lockKeys(t)
@@ -216,11 +233,9 @@ func TestExclusive_Key(t *testing.T) {
 	}
 	close(h.goOn)
 	wantOK(t, <-answer, "/")
-	if keys := s.lockKeys(t); len(keys) != 0 {
-		t.Errorf("%d lock keys after the request", len(keys))
-	}
+	s.wantUnlocked(t)
 	hasLease := func() bool { return slices.Contains(etcdtest.Leases(t, s.admin), keys[0].lease) }
-	if !hasLease() {
+	if !hasLease() && time.Since(began) < attemptTimeout { // it is retired when etcd takes longer to answer
 		t.Error("the lease has ended with the request")
 	}
 	s.close()
@@ -254,13 +269,7 @@ func TestExclusive_WaitEnds(t *testing.T) {
 			gone := make(chan response, 1)
 			go func() { gone <- b.do(t, req) }()
 			etcdtest.Eventually(t, patience, func() bool {
-				turns := &second.store.locks.turns
-				turns.mu.Lock()
-				defer turns.mu.Unlock()
-				users := 0
-				for _, q := range turns.queue {
-					users += q.users
-				}
+				_, users := queued(second.store)
 				return users == 3-n && len(first.lockKeys(t)) == n
 			}, "the request does not wait")
 			leave()
@@ -327,27 +336,39 @@ func TestExclusive_Fencing(t *testing.T) {
 // Where nobody else wants the session, the lock costs two requests to etcd.
 func TestExclusive_Cost(t *testing.T) {
 	c := etcdtest.New(t, etcdtest.Config{})
-	cost := func(wrap func(*site) http.Handler) (calls int) {
-		s := newSite(t, c, wrap)
+	cost := func(wrap func(*site) http.Handler) int32 {
+		s := newSite(t, c, wrap, WithTimeout(time.Minute))
 		s.handleSet("/")
 		b := s.login(t)
 		wantOK(t, s.get(t, b, "/"), "/")
 		var n atomic.Int32
-		s.faults.Reset()
-		s.faults.Intercept(func(string, any) etcdtest.Fate { n.Add(1); return etcdtest.Fate{} })
-		defer s.faults.Intercept(nil)
+		s.faults.Intercept(func(method string, req any) etcdtest.Fate {
+			if onPath(method, req) {
+				n.Add(1)
+			}
+			return etcdtest.Fate{}
+		})
+		least := int32(math.MaxInt32) // others have been sent again, as etcd took its time
 		for range 10 {
+			n.Store(0)
 			wantOK(t, s.get(t, b, "/"), "/")
+			s.wantUnlocked(t)
+			least = min(least, n.Load())
 		}
-		return int(n.Load())
+		return least
 	}
 	plain, locked := cost((*site).loadAndSaved), cost((*site).exclusive)
-	if locked > plain+20 {
-		t.Errorf("10 requests cost %d requests to etcd, without Exclusive %d", locked, plain)
+	if plain == 0 || locked != plain+2 {
+		t.Errorf("a request costs %d requests to etcd, without Exclusive %d", locked, plain)
 	}
-	if locked == plain {
-		t.Error("the lock costs nothing, so nothing was counted")
-	}
+}
+
+// onPath reports whether a request to etcd is one that a call waits for. Those about the leases of sessions are made on
+// the side.
+func onPath(method string, req any) bool {
+	r, ok := req.(interface{ GetKey() []byte })
+	lease := ok && strings.HasPrefix(string(r.GetKey()), defaultPrefix+reserved+"lease/")
+	return strings.HasPrefix(method, "/etcdserverpb.KV/") && !lease
 }
 
 // isLock reports whether a request to etcd is that of a lock.
