@@ -2,6 +2,7 @@ package etcdstore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -109,6 +110,16 @@ func (h *stop) stay(r *http.Request) {
 	select {
 	case <-h.goOn:
 	case <-r.Context().Done(): // the test has failed
+	}
+}
+
+// entered waits until a request is inside. It fails t if that is answered instead.
+func (h *stop) entered(t *testing.T, answer <-chan response) {
+	t.Helper()
+	select {
+	case <-h.inside:
+	case got := <-answer:
+		t.Fatalf("answer %+v from outside of the handler", got)
 	}
 }
 
@@ -849,6 +860,48 @@ func TestExclusive_NoSession(t *testing.T) {
 	req.AddCookie(&http.Cookie{Name: "session", Value: "unknown"})
 	wantOK(t, newBrowser(t).do(t, req), "ok")
 	s.wantUnlocked(t)
+}
+
+// Permission for the prefix is all that a lock needs: also to wait for it, and to give back its lease.
+func TestExclusive_RBAC(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{})
+	etcdtest.EnableAuth(t, c, "app", "secret", defaultPrefix)
+	root, app := etcdtest.WithUser("root", "root"), etcdtest.WithUser("app", "secret")
+	if _, err := c.Client(t, app).Put(t.Context(), "elsewhere", "x"); !errors.Is(err, rpctypes.ErrPermissionDenied) {
+		t.Fatalf("the user may write outside of the prefix: %v", err)
+	}
+	var sites []*site
+	for range 2 {
+		sites = append(sites, newSiteOf(t, c.Client(t, root), func(opts ...etcdtest.ClientOption) *clientv3.Client {
+			return c.Client(t, append(opts, app)...)
+		}, (*site).exclusive, WithTimeout(time.Minute)))
+	}
+	h := sites[0].handleStop("/stop")
+	sites[1].handleSet("/set")
+	b := sites[0].login(t)
+	stopped := b.begin(t, sites[0], "/stop")
+	h.entered(t, stopped)
+	waiting := b.begin(t, sites[1], "/set")
+	etcdtest.Eventually(t, patience, func() bool {
+		return len(sites[0].lockKeys(t)) == 2 && sites[1].watches.Load() == 1
+	}, "the request does not wait")
+	locks := sites[0].lockKeys(t)
+	close(h.goOn)
+	wantOK(t, <-stopped, "/stop")
+	wantOK(t, <-waiting, "/set")
+	if v := sites[0].values(t, b.token(t, sites[0])); v["/stop"] == nil || v["/set"] == nil {
+		t.Errorf("the session holds %v", v)
+	}
+	sites[0].wantUnlocked(t)
+	for _, s := range sites {
+		s.close()
+	}
+	left := etcdtest.Leases(t, sites[0].admin)
+	for _, l := range locks {
+		if slices.Contains(left, l.lease) {
+			t.Error("a lock's lease was left")
+		}
+	}
 }
 
 // A handler that panics does not keep its lock.

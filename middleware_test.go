@@ -53,8 +53,15 @@ type site struct {
 // newSite starts a site. wrap makes the handler of its server.
 func newSite(t *testing.T, c *etcdtest.Cluster, wrap func(s *site) http.Handler, opts ...Option) *site {
 	t.Helper()
-	s := &site{admin: c.Client(t), mux: http.NewServeMux()}
-	s.store = New(c.Client(t, etcdtest.WithFaults(&s.faults), s.countWatches), opts...)
+	client := func(opts ...etcdtest.ClientOption) *clientv3.Client { return c.Client(t, opts...) }
+	return newSiteOf(t, client(), client, wrap, opts...)
+}
+
+// newSiteOf is newSite with clients that the test makes.
+func newSiteOf(t *testing.T, admin *clientv3.Client, client func(...etcdtest.ClientOption) *clientv3.Client, wrap func(s *site) http.Handler, opts ...Option) *site {
+	t.Helper()
+	s := &site{admin: admin, mux: http.NewServeMux()}
+	s.store = New(client(etcdtest.WithFaults(&s.faults), s.countWatches), opts...)
 	s.manager = newManager(s.store)
 	s.manager.ErrorFunc = ErrorFunc
 	s.mux.HandleFunc("/login", func(_ http.ResponseWriter, r *http.Request) {
