@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -611,34 +612,37 @@ func TestStore_Closed(t *testing.T) {
 // TestMain looks for goroutines.
 func TestStore_CloseDuringCalls(t *testing.T) {
 	cli := etcdtest.New(t, etcdtest.Config{}).Client(t)
-	s := New(cli)
-	committed := make(chan string, 4096)
-	done := make(chan struct{})
+	s := New(cli, WithTimeout(time.Minute))
+	var mu sync.Mutex
+	var committed []string
+	var wg sync.WaitGroup
 	for w := range 8 {
-		go func() {
-			defer func() { done <- struct{}{} }()
+		wg.Go(func() {
 			for i := 0; ; i++ {
 				token := fmt.Sprint("w", w, "i", i)
 				err := s.Commit(token, []byte("x"), time.Now().Add(time.Hour))
-				if errors.Is(err, ErrClosed) || len(committed) == cap(committed) {
+				if errors.Is(err, ErrClosed) {
 					return
 				}
 				if err != nil {
 					t.Error(err)
 					return
 				}
-				committed <- token
+				mu.Lock()
+				committed = append(committed, token)
+				mu.Unlock()
 			}
-		}()
+		})
 	}
-	etcdtest.Eventually(t, 10*time.Second, func() bool { return len(committed) > 100 }, "no commits")
+	etcdtest.Eventually(t, patience, func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(committed) > 100
+	}, "no commits")
 	mustClose(t, s)
-	for range 8 {
-		<-done
-	}
-	close(committed)
-	check := New(cli)
-	for token := range committed {
+	wg.Wait()
+	check := New(cli, WithTimeout(time.Minute))
+	for _, token := range committed {
 		wantFound(t, check, token, "x")
 	}
 }
