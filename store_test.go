@@ -726,31 +726,55 @@ func TestStore_OutOfSpace(t *testing.T) {
 	wantAbsent(t, s, "b")
 }
 
+// On a client whose KV, Lease and Watcher are wrapped all is as without, and under the wrappers' prefix.
 func TestStore_Namespace(t *testing.T) {
-	c := etcdtest.New(t, etcdtest.Config{})
-	cli, admin := c.Client(t), c.Client(t)
-	cli.KV = namespace.NewKV(cli.KV, "app/")
-	cli.Lease = namespace.NewLease(cli.Lease, "app/")
-	cli.Watcher = namespace.NewWatcher(cli.Watcher, "app/")
-	s := New(cli)
+	sites := newSites(t, 2, WithTimeout(time.Minute))
+	for _, s := range sites {
+		cli := s.store.client
+		cli.KV = namespace.NewKV(cli.KV, "app/")
+		cli.Lease = namespace.NewLease(cli.Lease, "app/")
+		cli.Watcher = namespace.NewWatcher(cli.Watcher, "app/")
+	}
+	s, admin := sites[0].store, sites[0].admin
 	commitMany(t, s, 300)
+	conflict(t, s)
+
+	// A lock that is waited for takes all three.
+	h := sites[0].handleStop("/stop")
+	sites[1].handleSet("/set")
+	b := sites[0].login(t)
+	b.Timeout = patience
+	stopped := b.begin(t, sites[0], "/stop")
+	h.entered(t, stopped)
+	waiting := b.begin(t, sites[1], "/set")
+	etcdtest.Eventually(t, patience, func() bool {
+		return len(etcdtest.Keys(t, admin, "app/"+lockPrefix)) == 2 && sites[1].watches.Load() == 1
+	}, "the request does not wait")
+	close(h.goOn)
+	wantOK(t, <-stopped, "/stop")
+	wantOK(t, <-waiting, "/set")
+
 	all, err := s.All()
-	if err != nil || len(all) != 300 {
+	if err != nil || len(all) != 302 {
 		t.Errorf("All = %d sessions, %v", len(all), err)
 	}
-	if keys := etcdtest.Keys(t, admin, ""); !slices.Equal(keys, etcdtest.Keys(t, admin, "app/scs:session:")) {
-		t.Errorf("keys outside of the namespace: %q", keys)
+	keys := etcdtest.Keys(t, admin, "")
+	if len(keys) <= len(all) {
+		t.Errorf("%d keys for %d sessions and their leases", len(keys), len(all))
 	}
-	conflict(t, s)
+	for _, key := range keys {
+		if !strings.HasPrefix(key, "app/"+defaultPrefix) {
+			t.Errorf("a key outside of the namespace: %q", key)
+		}
+	}
 	for token := range all {
 		if err := s.Delete(token); err != nil {
 			t.Error(err)
 		}
 	}
-	if err := s.Delete("conflict"); err != nil {
-		t.Error(err)
+	for _, s := range sites {
+		s.close()
 	}
-	mustClose(t, s)
 	if keys, leases := etcdtest.Keys(t, admin, ""), etcdtest.Leases(t, admin); len(keys) != 0 || len(leases) != 0 {
 		t.Errorf("left behind: %q, %v", keys, leases)
 	}
