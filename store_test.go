@@ -300,6 +300,53 @@ func TestStore_ExpiryAcrossLeaderChangeAndRestart(t *testing.T) {
 	wantFound(t, s, "stays", "x")
 }
 
+// What the store decodes, merges and encodes goes through the codec that it was given.
+func TestStore_CustomCodec(t *testing.T) {
+	s := newSite(t, etcdtest.New(t, etcdtest.Config{}), (*site).loadAndSaved, WithCodec(jsonCodec{}), WithTimeout(time.Minute))
+	s.manager.Codec = jsonCodec{}
+	h := &stop{make(chan struct{}, 1), make(chan struct{})}
+	s.mux.HandleFunc("/quick", func(_ http.ResponseWriter, r *http.Request) {
+		s.manager.Put(r.Context(), r.FormValue("key"), "quick")
+	})
+	s.mux.HandleFunc("/slow", func(_ http.ResponseWriter, r *http.Request) {
+		s.manager.Put(r.Context(), r.FormValue("key"), "slow")
+		h.stay(r)
+	})
+	b := s.login(t)
+	token := b.token(t, s)
+	// slow makes a request for which others go on between its read and its commit.
+	slow := func(key string, others func()) response {
+		answer := b.begin(t, s, "/slow?key="+key)
+		h.entered(t, answer)
+		others()
+		h.goOn <- struct{}{}
+		return <-answer
+	}
+	quick := func(key string) func() {
+		return func() { wantOK(t, s.get(t, b, "/quick?key="+key), "") }
+	}
+	count := func() {
+		err := s.store.Update(t.Context(), token, func(values map[string]any) error {
+			n, _ := values["n"].(float64) // as JSON has it
+			values["n"] = int(n) + 1
+			return nil
+		})
+		if err != nil {
+			t.Errorf("Update: %v", err)
+		}
+	}
+	wantOK(t, slow("a", quick("b")), "")
+	if got := slow("same", quick("same")); got.status != http.StatusConflict {
+		t.Errorf("two requests set the same key: %d %q, want 409", got.status, got.body)
+	}
+	count()
+	wantOK(t, slow("c", count), "")
+	want := map[string]any{"user": "alice", "a": "slow", "b": "quick", "same": "quick", "c": "slow", "n": 2.0}
+	if got := s.values(t, token); !maps.Equal(got, want) {
+		t.Errorf("the session holds %v, want %v", got, want)
+	}
+}
+
 // barePut stores a session as scs's own etcdstore does.
 func barePut(t *testing.T, cli *clientv3.Client, key string, data []byte, ttl int64) clientv3.LeaseID {
 	t.Helper()
