@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/alexedwards/scs/v2"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/seed210be38d/etcdstore"
@@ -294,16 +295,40 @@ func (rc *racer) kept(ctx context.Context) []int {
 	return kept
 }
 
+// leases lists all leases of the cluster. A member that does not run is passed over.
 func (rc *racer) leases(ctx context.Context) ([]clientv3.LeaseID, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	resp, err := rc.app.client.Leases(ctx)
+	var failed error
+	for _, endpoint := range rc.app.client.Endpoints() {
+		ids, err := memberLeases(ctx, rc.app.client, endpoint)
+		if err == nil {
+			return ids, nil
+		}
+		failed = errors.Join(failed, err)
+	}
+	return nil, failed
+}
+
+// memberLeases asks one member. It lists the leases that it knows of without asking the others, so it is made to catch
+// up before, by a read: that is answered only when the member has applied what the cluster has.
+func memberLeases(ctx context.Context, client *clientv3.Client, endpoint string) ([]clientv3.LeaseID, error) {
+	conn, err := client.Dial(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	_, err = etcdserverpb.NewKVClient(conn).Range(ctx, &etcdserverpb.RangeRequest{Key: []byte("caught up?"), CountOnly: true})
+	if err != nil {
+		return nil, err
+	}
+	resp, err := etcdserverpb.NewLeaseClient(conn).LeaseLeases(ctx, &etcdserverpb.LeaseLeasesRequest{})
 	if err != nil {
 		return nil, err
 	}
 	ids := make([]clientv3.LeaseID, len(resp.Leases))
 	for i, l := range resp.Leases {
-		ids[i] = l.ID
+		ids[i] = clientv3.LeaseID(l.ID)
 	}
 	return ids, nil
 }
