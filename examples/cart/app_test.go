@@ -522,19 +522,14 @@ func TestLogoutRace(t *testing.T) {
 		race := v.race(s.urls[0], store)
 		token := v.cookie(s.urls[0], "race-"+store)
 
-		var wg sync.WaitGroup
-		for i := range lateSize {
-			wg.Go(func() {
-				form := url.Values{"race": {race}, "item": {strconv.Itoa(i + 1)}}
-				if _, _, err := v.do(http.MethodPost, s.urls[i%servers]+"/race/"+store+"/late", form); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		v.get(s.urls[1] + "/race/held?race=" + race)
+		answers := v.late(s, store, race)
 		v.post(s.urls[1] + "/race/" + store + "/logout")
 		v.post(s.urls[2]+"/race/release", "race", race)
-		wg.Wait()
+		for range lateSize {
+			if a := <-answers; a.err != nil {
+				t.Error(a.err)
+			}
+		}
 
 		// Whether the browser's cookie came back is one question, whether the old one opens the session another.
 		if got := v.user(s.urls[0], store); got != want {
@@ -549,6 +544,31 @@ func TestLogoutRace(t *testing.T) {
 	}
 }
 
+// answer is the status of an answer, or why there is none.
+type answer struct {
+	status int
+	err    error
+}
+
+// late makes all late requests of a race, and returns when the servers hold them.
+func (v *visitor) late(s *shop, store, race string) <-chan answer {
+	v.t.Helper()
+	answers := make(chan answer, lateSize)
+	for i := range lateSize {
+		go func() {
+			form := url.Values{"race": {race}, "item": {strconv.Itoa(i + 1)}}
+			resp, _, err := v.do(http.MethodPost, s.urls[i%servers]+"/race/"+store+"/late", form)
+			if err != nil {
+				answers <- answer{err: err}
+				return
+			}
+			answers <- answer{status: resp.StatusCode}
+		}()
+	}
+	v.get(s.urls[1] + "/race/held?race=" + race)
+	return answers
+}
+
 func (v *visitor) user(server, store string) string {
 	v.t.Helper()
 	var answer struct{ User string }
@@ -558,20 +578,20 @@ func (v *visitor) user(server, store string) string {
 	return answer.User
 }
 
-// TestStopWhileHeld stops the servers while a request waits to be released.
+// TestStopWhileHeld stops the servers while requests wait to be released: they go on, or are cut off where they do not
+// end soon.
 func TestStopWhileHeld(t *testing.T) {
 	s := open(t, config{members: 1})
 	v := newVisitor(t)
-	race := v.race(s.urls[0], "ours")
-	answered := make(chan error, 1)
-	go func() {
-		_, _, err := v.do(http.MethodGet, s.urls[0]+"/race/held?race="+race, nil)
-		answered <- err
-	}()
-	v.get(s.urls[0]) // the server is up; whether held has begun matters little
+	answers := v.late(s, "ours", v.race(s.urls[0], "ours"))
 	s.stop()
-	if err := <-answered; err != nil {
-		t.Logf("the held request was cut off: %v", err)
+	for range lateSize {
+		switch a := <-answers; {
+		case a.err != nil:
+			t.Logf("a held request was cut off: %v", a.err)
+		case a.status != http.StatusOK:
+			t.Errorf("a held request was answered with %d", a.status)
+		}
 	}
 }
 
