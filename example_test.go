@@ -3,6 +3,8 @@ package etcdstore_test
 import (
 	"context"
 	"encoding/gob"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -11,6 +13,7 @@ import (
 	"time"
 
 	"github.com/alexedwards/scs/v2"
+	"github.com/alexedwards/scs/v2/memstore"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/seed210be38d/etcdstore"
@@ -308,4 +311,226 @@ func ExampleEtcdStore_Exclusive() {
 	requests.Wait()
 	fmt.Println("payments:", payments.Load())
 	// Output: payments: 1
+}
+
+// A commit that lost against another on the same key names that key. What the application does about it is its own affair:
+// here it does what a person would, and looks again.
+func ExampleConflictError() {
+	client, stop := startEtcd()
+	defer stop()
+	store := etcdstore.New(client)
+	defer store.Close()
+	sessionManager := newManager(store)
+	token := newSession(sessionManager, "address", "12 Low Road")
+
+	ours, _ := sessionManager.Load(etcdstore.Begin(context.Background()), token)
+	theirs, _ := sessionManager.Load(etcdstore.Begin(context.Background()), token)
+	sessionManager.Put(theirs, "address", "3 High Street")
+	if _, _, err := sessionManager.Commit(theirs); err != nil {
+		fmt.Println(err)
+		return
+	}
+
+	sessionManager.Put(ours, "address", "7 Mill Lane")
+	_, _, err := sessionManager.Commit(ours)
+	var conflict *etcdstore.ConflictError
+	if errors.As(err, &conflict) {
+		now, _ := sessionManager.Load(context.Background(), token)
+		fmt.Println("changed meanwhile:", conflict.Keys, "is", sessionManager.GetString(now, conflict.Keys[0]))
+	}
+	// Output: changed meanwhile: [address] is 3 High Street
+}
+
+// ErrorFunc answers for a session that could not be saved. Here two requests change the same key, so the second is
+// answered with 409.
+func ExampleErrorFunc() {
+	client, stop := startEtcd()
+	defer stop()
+	store := etcdstore.New(client)
+	defer store.Close()
+	sessionManager := scs.New()
+	sessionManager.Store = store
+	sessionManager.ErrorFunc = etcdstore.ErrorFunc
+
+	reading, written := make(chan struct{}), make(chan struct{})
+	mux := http.NewServeMux()
+	mux.HandleFunc("/theme", func(_ http.ResponseWriter, r *http.Request) {
+		if r.FormValue("is") == "slow" {
+			close(reading)
+			<-written
+		}
+		sessionManager.Put(r.Context(), "theme", r.FormValue("is"))
+	})
+	get, stopServer := serve(sessionManager.LoadAndSave(mux))
+	defer stopServer()
+
+	get("/theme?is=light") // makes the session
+	slow := make(chan string)
+	go func() { slow <- get("/theme?is=slow") }()
+	<-reading
+	get("/theme?is=dark")
+	close(written)
+	fmt.Print(<-slow)
+	// Output: Conflict
+}
+
+// jsonCodec encodes sessions as JSON, so that programs in other languages can read them.
+type jsonCodec struct{}
+
+type jsonSession struct {
+	Deadline time.Time      `json:"deadline"`
+	Values   map[string]any `json:"values"`
+}
+
+func (jsonCodec) Encode(deadline time.Time, values map[string]any) ([]byte, error) {
+	return json.Marshal(jsonSession{deadline, values})
+}
+
+func (jsonCodec) Decode(b []byte) (time.Time, map[string]any, error) {
+	var s jsonSession
+	err := json.Unmarshal(b, &s)
+	return s.Deadline, s.Values, err
+}
+
+// The store decodes sessions to merge them, so it has to know the session manager's codec where that is not scs's own.
+func ExampleWithCodec() {
+	client, stop := startEtcd()
+	defer stop()
+	store := etcdstore.New(client, etcdstore.WithCodec(jsonCodec{}))
+	defer store.Close()
+	sessionManager := newManager(store)
+	sessionManager.Codec = jsonCodec{}
+	token := newSession(sessionManager, "name", "Ann")
+
+	err := store.Update(context.Background(), token, func(values map[string]any) error {
+		values["theme"] = "dark"
+		return nil
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	ctx, _ := sessionManager.Load(context.Background(), token)
+	fmt.Println(sessionManager.GetString(ctx, "name"), sessionManager.GetString(ctx, "theme"))
+	// Output: Ann dark
+}
+
+// A job that goes through all sessions begins a transaction, so that what it writes is merged with what requests write
+// at the same time, and what they delete stays deleted.
+func Example_iterate() {
+	client, stop := startEtcd()
+	defer stop()
+	store := etcdstore.New(client)
+	defer store.Close()
+	sessionManager := newManager(store)
+	newSession(sessionManager, "user", "Ann")
+	newSession(sessionManager, "user", "Mallory")
+
+	err := sessionManager.Iterate(etcdstore.Begin(context.Background()), func(ctx context.Context) error {
+		if sessionManager.GetString(ctx, "user") != "Mallory" {
+			return nil
+		}
+		return sessionManager.Destroy(ctx)
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+
+	err = sessionManager.Iterate(context.Background(), func(ctx context.Context) error {
+		fmt.Println(sessionManager.GetString(ctx, "user"))
+		return nil
+	})
+	if err != nil {
+		fmt.Println(err)
+	}
+	// Output: Ann
+}
+
+// moving takes sessions over from an old store, each when it is first asked for.
+type moving struct {
+	*etcdstore.EtcdStore
+	mover *etcdstore.EtcdStore // Serializable: its commit creates the session, or conflicts
+	old   scs.Store
+	codec scs.Codec // the session manager's
+}
+
+func (m moving) FindCtx(ctx context.Context, token string) ([]byte, bool, error) {
+	b, ok, err := m.EtcdStore.FindCtx(ctx, token)
+	if ok || err != nil {
+		return b, ok, err
+	}
+	if err := m.move(etcdstore.Begin(ctx), token); err != nil {
+		return nil, false, err
+	}
+	return m.EtcdStore.FindCtx(ctx, token) // again, so that the request's transaction has read it
+}
+
+// move does nothing if another request has moved the session meanwhile. If that one's session was even deleted since,
+// the old store does not have it any more either, and what move has made is taken back.
+func (m moving) move(ctx context.Context, token string) error {
+	b, ok, err := m.old.Find(token)
+	if !ok || err != nil {
+		return err
+	}
+	deadline, _, err := m.codec.Decode(b)
+	if err != nil {
+		return err
+	}
+	if _, ok, err := m.mover.FindCtx(ctx, token); ok || err != nil {
+		return err
+	}
+	err = m.mover.CommitCtx(ctx, token, b, deadline)
+	if errors.Is(err, etcdstore.ErrConflict) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if _, ok, err := m.old.Find(token); !ok || err != nil {
+		return errors.Join(err, m.mover.DeleteCtx(ctx, token))
+	}
+	return m.old.Delete(token)
+}
+
+func (m moving) DeleteCtx(ctx context.Context, token string) error {
+	return errors.Join(m.old.Delete(token), m.EtcdStore.DeleteCtx(ctx, token))
+}
+
+// Sessions of another store move when they are first asked for, also by many requests at once.
+func Example_movingOver() {
+	client, stop := startEtcd()
+	defer stop()
+	store := etcdstore.New(client)
+	defer store.Close()
+	mover := etcdstore.New(client, etcdstore.WithIsolation(etcdstore.Serializable))
+	defer mover.Close()
+	old := memstore.New() // or redisstore.New(pool)
+	defer old.StopCleanup()
+
+	sessionManager := scs.New()
+	sessionManager.Store = old
+	token := newSession(sessionManager, "user", "Ann")
+
+	sessionManager.Store = moving{store, mover, old, sessionManager.Codec}
+	var requests sync.WaitGroup
+	for n := range 10 {
+		requests.Go(func() {
+			ctx, err := sessionManager.Load(etcdstore.Begin(context.Background()), token)
+			if err != nil {
+				fmt.Println(err)
+				return
+			}
+			sessionManager.Put(ctx, fmt.Sprint("item", n), true)
+			if _, _, err := sessionManager.Commit(ctx); err != nil {
+				fmt.Println(err)
+			}
+		})
+	}
+	requests.Wait()
+
+	ctx, _ := sessionManager.Load(context.Background(), token)
+	_, inOld, _ := old.Find(token)
+	fmt.Println(sessionManager.GetString(ctx, "user"), "and", len(sessionManager.Keys(ctx))-1, "items, in the old store:", inOld)
+	// Output: Ann and 10 items, in the old store: false
 }

@@ -151,6 +151,8 @@ func (a *app) guard(next http.Handler) http.Handler {
 		h.Set("Content-Security-Policy", policy)
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Referrer-Policy", "same-origin")
+		h.Set("Cross-Origin-Opener-Policy", "same-origin")
+		h.Set("Cross-Origin-Resource-Policy", "same-origin") // what allowOrigin allows is asked for with CORS
 		h.Set("Cache-Control", "no-cache")
 		a.allowOrigin(h, r.Header.Get("Origin"))
 		if r.Host != host {

@@ -147,12 +147,18 @@ func (b *browser) becomes(selector chromedp.CSS, text string) {
 	}
 }
 
-// race presses the button of one and waits for its end.
+// race presses the button of a race and waits for its end.
 func (b *browser) race(id string, times int) {
+	b.t.Helper()
+	b.do(chromedp.Click(chromedp.CSS("#"+id+" .go"), chromedp.NodeEnabled))
+	b.raceEnds(id, times)
+}
+
+// raceEnds waits for the end of a race.
+func (b *browser) raceEnds(id string, times int) {
 	b.t.Helper()
 	section := chromedp.CSS("#" + id)
 	over := fmt.Sprintf("document.querySelector('%s[data-done=\"%d\"], %s[data-broken]') !== null", section, times, section)
-	b.do(chromedp.Click(section+" .go", chromedp.NodeEnabled))
 	ask(b, chromedp.Poll[chromedp.Void](over, chromedp.WithPollingTimeout(90*time.Second)))
 	b.t.Logf("%s: %s", id, b.text(section+" .verdict"))
 	if ask(b, chromedp.Evaluate[int](fmt.Sprintf("document.querySelectorAll('%s[data-broken]').length", section))) > 0 {
@@ -349,7 +355,12 @@ func TestLook(t *testing.T) {
 			t.Errorf("%d pixels wide, the page is %d too wide", width, over)
 		}
 	}
-	b.race("storm", 1)
+	b.do(chromedp.Evaluate[chromedp.Void](`document.querySelector("#storm .go").focus()`))
+	b.do(chromedp.KeyEvent("\r"))
+	b.raceEnds("storm", 1)
+	if !ask(b, chromedp.Evaluate[bool](`document.activeElement === document.querySelector("#storm .go")`)) {
+		t.Error("the keyboard's focus has left the button that started the race")
+	}
 	b.addFromShelf()
 	for _, scheme := range []string{"light", "dark"} {
 		b.scheme(scheme)

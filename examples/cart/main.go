@@ -165,7 +165,7 @@ func listen(addr string) (listeners []net.Listener, urls []string, err error) {
 		l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
 		if err != nil {
 			closeAll(listeners)
-			return nil, nil, err
+			return nil, nil, fmt.Errorf("%w (-addr takes another first port)", err)
 		}
 		listeners = append(listeners, l)
 		urls = append(urls, origin(host, l.Addr().(*net.TCPAddr).Port))
