@@ -12,33 +12,41 @@ import (
 )
 
 // snippet is what stands around a code block of the README that is no program by itself: what an application has there.
-const snippet = `package main
+const snippet = `package block
 
 import (
 	"context"
 	"errors"
+	"expvar"
 	"net/http"
+	"os"
 	"time"
 
 	"github.com/alexedwards/scs/v2"
 	"github.com/seed210be38d/etcdstore"
+	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 )
 
 var (
 	_ = errors.Join
+	_ = expvar.NewMap
+	_ = os.Getenv
 	_ = time.Now
 	_ = context.Background
 	_ = http.Serve
+	_ = transport.TLSInfo{}
 	_ = clientv3.New
 	_ = grpc.NewClient
+	_ = status.Code
 	_ = scs.New
 	_ = etcdstore.New
 )
 `
 
-// Every Go block of the README compiles: programs as they are, declarations with the imports above, and statements in a
+// Every Go block of the README compiles: programs as they are (and only they are linked, which takes the time), declarations with the imports above, and statements in a
 // function that has what they use.
 func TestReadme_CodeCompiles(t *testing.T) {
 	root, err := os.Getwd()
@@ -50,8 +58,8 @@ func TestReadme_CodeCompiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	blocks := regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(string(readme), -1)
-	if len(blocks) < 5 {
-		t.Fatalf("found %d Go blocks in the README", len(blocks))
+	if fences := strings.Count(string(readme), "```go"); len(blocks) < 5 || len(blocks) != fences {
+		t.Fatalf("found %d Go blocks in the README, which opens %d", len(blocks), fences)
 	}
 	// The module that the blocks are built in has this one's requirements, so that nothing is fetched.
 	dir := t.TempDir()
@@ -96,14 +104,18 @@ func program(block string) string {
 	switch {
 	case strings.HasPrefix(block, "package "):
 		return block
-	case strings.HasPrefix(block, "type "):
-		return snippet + block + "\nfunc main() {}\n"
+	case regexp.MustCompile(`^(type|var|func) `).MatchString(block):
+		return snippet + block
 	}
 	// What the block uses is a parameter where it does not define it, and what it defines is used.
 	params := map[string]string{
 		"cli": "*clientv3.Client", "store": "*etcdstore.EtcdStore", "sessionManager": "*scs.SessionManager",
 		"mux": "*http.ServeMux", "ctx": "context.Context", "token": "string", "bannedUser": "int", "endpoints": "[]string",
-		"payHandler": "http.Handler", "metrics": "grpc.UnaryClientInterceptor",
+		"payHandler": "http.Handler", "metrics": "grpc.UnaryClientInterceptor", "conflicts": "*expvar.Int", "old": "scs.Store",
+	}
+	own := "" // what the README shows before the block that uses it
+	if strings.Contains(block, "moving{") {
+		own = "\ntype moving struct {\n\t*etcdstore.EtcdStore\n\tmover *etcdstore.EtcdStore\n\told scs.Store\n\tcodec scs.Codec\n}\n"
 	}
 	defined := regexp.MustCompile(`(?m)^(\w+(?:, \w+)*) :=`).FindAllStringSubmatch(block, -1)
 	var uses strings.Builder
@@ -117,35 +129,48 @@ func program(block string) string {
 	for name, typ := range params {
 		list = append(list, name+" "+typ)
 	}
-	return snippet + "\nfunc block(" + strings.Join(list, ", ") + ") {\n" + block + uses.String() + "}\n\nfunc main() {}\n"
+	return snippet + own + "\nfunc block(" + strings.Join(list, ", ") + ") error {\n" + block + uses.String() + "\treturn nil\n}\n"
 }
 
-// The links of the README to files lead somewhere, and the tests that it names exist.
+// The links and pictures of the README lead somewhere, and the tests that it names are in the files that it links.
 func TestReadme_Links(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, link := range regexp.MustCompile(`\]\(([^)#:]+)\)`).FindAllStringSubmatch(string(readme), -1) {
-		if _, err := os.Stat(link[1]); err != nil {
-			t.Errorf("dead link: %s", link[1])
+	for _, link := range regexp.MustCompile(`\[([^\[\]]+)\]\(([^)#:]+)\)`).FindAllStringSubmatch(string(readme), -1) {
+		text, err := os.ReadFile(link[2])
+		if stat, statErr := os.Stat(link[2]); statErr == nil && stat.IsDir() {
+			continue
+		}
+		if err != nil {
+			t.Errorf("dead link: %v", err)
+		}
+		for _, name := range regexp.MustCompile(`\b(?:Test|Fuzz)[A-Z]\w+`).FindAllString(link[1], -1) {
+			if !strings.Contains(string(text), "func "+name+"(") {
+				t.Errorf("there is no %s in %s", name, link[2])
+			}
 		}
 	}
-	files, err := filepath.Glob("*_test.go")
+	for _, picture := range regexp.MustCompile(`(?:src|srcset)="([^"]+)"`).FindAllStringSubmatch(string(readme), -1) {
+		if _, err := os.Stat(picture[1]); err != nil {
+			t.Errorf("no picture: %v", err)
+		}
+	}
+}
+
+// What the README says about moving over from another store is what the example runs.
+func TestReadme_Moving(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var tests strings.Builder
-	for _, file := range files {
-		b, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		tests.Write(b)
+	examples, err := os.ReadFile("example_test.go")
+	if err != nil {
+		t.Fatal(err)
 	}
-	for _, name := range regexp.MustCompile(`\bTest[A-Z]\w+_\w+`).FindAllString(string(readme), -1) {
-		if !strings.Contains(tests.String(), "func "+name+"(") {
-			t.Errorf("there is no test %s", name)
-		}
+	block := regexp.MustCompile("(?s)```go\n(type moving .*?)```").FindSubmatch(readme)
+	if block == nil || !strings.Contains(string(examples), string(block[1])) {
+		t.Error("example_test.go does not have the README's type moving")
 	}
 }
