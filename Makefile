@@ -1,4 +1,4 @@
-.PHONY: test race lint fuzz cart bench ci
+.PHONY: test race lint fuzz cart pictures bench ci
 
 test: ## the tests
 	go test ./...
@@ -14,6 +14,9 @@ fuzz: ## each fuzz target for a short time
 
 cart: ## the example application
 	go run ./examples/cart
+
+pictures: ## the screenshots in the README, anew; they need Chromium, and look best with the font Inter
+	go test ./examples/cart -run TestRacesInBrowser -count=1 -update
 
 bench: ## the benchmarks
 	go test -run '^$$' -bench . -benchmem ./...

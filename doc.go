@@ -23,15 +23,17 @@
 //     [ErrSessionGone]. Delete always wins.
 //   - Exactly once. A call says what happened. Where an answer is lost the store finds out; only where it cannot, in the
 //     time that the call has, it returns [ErrOutcomeUnknown].
-//   - Exact expiry, to the millisecond, on the clock of the application. etcd's leases collect garbage; they do not decide.
+//   - Exact expiry, to the millisecond, on the wall clock of the machine that asks. etcd's leases collect garbage; they do
+//     not decide.
 //   - Shared leases. A commit leaves no lease behind, and a hundred sessions share one.
 //   - Isolation of prefixes. Stores with different prefixes do not see each other's sessions.
 //   - No token and no session value in an error or a log line.
 //
 // # Transactions and isolation
 //
-// A request of net/http is a transaction by itself. For everything else [Begin] makes one; outside of any, a commit
-// overwrites, as scs's contract has it. In a transaction a commit is an etcd transaction that compares the mod revision
+// A request of net/http is a transaction by itself, under the context that it came with and those that scs derives from
+// it. For everything else [Begin] makes one, for a job or for a loop over all sessions (SessionManager.Iterate). Outside of
+// any a commit overwrites, as scs's contract has it. In a transaction a commit is an etcd transaction that compares the mod revision
 // that was read: optimistic concurrency control, with a three-way merge by session key where the compare fails.
 //
 // The default isolation is [Snapshot]. It permits write skew: of two requests that each read the key that the other
@@ -46,7 +48,16 @@
 //   - [EtcdStore.Exclusive], where the handler has effects elsewhere. One request of the session runs at a time.
 //   - [EtcdStore.Update], for jobs that are no request.
 //
-// Without any of them the second request is answered with 409, by [ErrorFunc].
+// Without any of them the second request is answered with 409, by [ErrorFunc]. Outside of scs's middleware the error is a
+// [*ConflictError] where the keys are known.
+//
+// # Operation
+//
+// Values are the codec's bytes, followed by 51 bytes of the store's. Keys are the prefix and the token; what the store
+// keeps besides (leases, locks) is under the prefix and "~". So one etcd role with permission on the prefix is enough. A
+// call ends with its context, or after five seconds ([WithTimeout]), whichever comes first. With an idle timeout scs commits on every
+// request, and [WithTouchInterval] skips what moves the expiry by little. The README says what becomes of a call under
+// each fault of etcd, and has the commands to run it.
 //
 // # Caveats
 //
@@ -56,7 +67,21 @@
 // [ErrSessionGone]. The store cannot do better, because Destroy followed by new data looks the same to it, and must never
 // inherit from the session before.
 //
+// A handler that derives a context with a cancellation of its own for session calls leaves the request's transaction with
+// it. Begin one outside of the session manager for such a handler, with [Begin].
+//
 // scs lets a handler's body follow the page that its ErrorFunc wrote. [EtcdStore.Retry] does not.
+//
+// Machines' clocks must agree within a second or so. A clock that steps back by up to a minute is held, so what was called
+// expired stays expired; a larger step is followed. A clock that jumps ahead hides sessions while it is wrong, and deletes
+// nothing.
+//
+// A stored session that is damaged, or of a newer version of this package, makes finds and commits of it fail. Listings
+// skip it, and it can be deleted.
+//
+// Sessions of scs's own etcdstore are read, and stored in this package's form by the next commit. They do not say which
+// prefix is theirs: where one prefix begins with another and no separator stands in between ("scs:session:" beside
+// "scs:session:a"), one of the longer prefix is taken for a session of the shorter, under a longer token.
 //
 // Values that differ from themselves (a floating-point NaN) look changed on every merge, and so conflict.
 //
