@@ -1529,15 +1529,15 @@ func TestPipeline_CreateIsFencedAfterGivingUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
-		var late func() error
-		down := true
+		var late atomic.Pointer[fakeRequest]
+		var up atomic.Bool
 		f.intercept(func(r *fakeRequest) error {
 			_, put := r.msg.(*etcdserverpb.PutRequest)
-			if !down || !put && !isAttempt(r) {
+			if up.Load() || !put && !isAttempt(r) {
 				return r.apply()
 			}
-			if late == nil && !put {
-				late = r.apply // it waits in a member that is cut off
+			if !put {
+				late.CompareAndSwap(nil, r) // it waits in a member that is cut off
 			}
 			<-r.done
 			return errFakeLost
@@ -1547,11 +1547,11 @@ func TestPipeline_CreateIsFencedAfterGivingUp(t *testing.T) {
 		b := gobSession(t, time.Now().Add(time.Hour), map[string]any{"user": "alice"})
 		wantErr(t, "create", s.CommitCtx(ctx, "a", b, time.Now().Add(time.Hour)), ErrOutcomeUnknown)
 		time.Sleep(time.Second)
-		down = false
+		up.Store(true)
 		wantErr(t, "create again", s.CommitCtx(Begin(t.Context()), "a", b, time.Now().Add(time.Hour)), nil)
 		time.Sleep(time.Second)
 		wantErr(t, "delete", s.Delete("a"), nil)
-		_ = late()
+		_ = late.Load().apply()
 		if _, back, err := s.Find("a"); back || err != nil {
 			t.Errorf("the deleted session is back: %v, %v", back, err)
 		}
@@ -1603,9 +1603,9 @@ func TestPipeline_FailedIsNotUnknown(t *testing.T) {
 		first := started(func() error { return s.Update(t.Context(), "a", increment) })
 		good := started(func() error { return s.Update(t.Context(), "a", increment) })
 		bad := started(func() error { return s.Update(t.Context(), "a", func(map[string]any) error { return own }) })
-		n := 0
+		var n atomic.Int32
 		f.intercept(func(r *fakeRequest) error {
-			if n++; isAttempt(r) && n > 1 {
+			if isAttempt(r) && n.Add(1) > 1 {
 				return errFakeLost
 			}
 			return r.apply()
