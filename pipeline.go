@@ -494,11 +494,11 @@ func (a *attempt) firstDeadline() time.Time {
 	return slices.MinFunc(a.ops, func(o, other *op) int { return o.deadline.Compare(other.deadline) }).deadline
 }
 
-// txn returns a as the parts of a Txn.
-func (a *attempt) txn() (cmps []clientv3.Cmp, then, otherwise []clientv3.Op) {
+// txn returns a as a Txn, with an Else that reads what its compares are about, or without.
+func (a *attempt) txn(asks bool) clientv3.Op {
 	key := a.queue.key
-	cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(key), "=", a.base.rev))
-	otherwise = append(otherwise, clientv3.OpGet(key))
+	var then, otherwise []clientv3.Op
+	cmps := []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(key), "=", a.base.rev)}
 	switch {
 	case a.kind == writeDelete:
 		then = append(then, clientv3.OpDelete(key))
@@ -507,26 +507,33 @@ func (a *attempt) txn() (cmps []clientv3.Cmp, then, otherwise []clientv3.Op) {
 	case a.kind == writePut:
 		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(a.seat.key), "=", a.seat.fence))
 		then = append(then, clientv3.OpPut(key, a.value, clientv3.WithLease(a.seat.id)))
-		otherwise = append(otherwise, clientv3.OpGet(a.seat.key))
 	}
 	if a.guard != nil {
 		cmps = append(cmps, a.guard.cmp)
 	}
-	return cmps, then, otherwise
+	if asks {
+		otherwise = a.gets()
+	}
+	return clientv3.OpTxn(cmps, then, otherwise)
+}
+
+// gets returns what tells why a's compares have failed: the session and, where its lease is a new one, the fence.
+func (a *attempt) gets() []clientv3.Op {
+	gets := []clientv3.Op{clientv3.OpGet(a.queue.key)}
+	if a.seat.lease != nil {
+		gets = append(gets, clientv3.OpGet(a.seat.key))
+	}
+	return gets
 }
 
 // batchOp returns the request for a batch: a lone attempt as it is, several as nested Txns.
 func batchOp(batch []*attempt) clientv3.Op {
 	if len(batch) == 1 {
-		return clientv3.OpTxn(batch[0].txn())
+		return batch[0].txn(true)
 	}
 	ops := make([]clientv3.Op, len(batch))
 	for i, a := range batch {
-		cmps, then, otherwise := a.txn()
-		if !a.asks() {
-			otherwise = nil
-		}
-		ops[i] = clientv3.OpTxn(cmps, then, otherwise)
+		ops[i] = a.txn(a.asks())
 	}
 	return clientv3.OpTxn(nil, ops, nil)
 }

@@ -1619,6 +1619,54 @@ func TestPipeline_FailedIsNotUnknown(t *testing.T) {
 	})
 }
 
+// Updates have no Else in a batch. One that another process has overtaken is read afterwards, and merged; its neighbours
+// are not concerned.
+func TestPipeline_OvertakenInABatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		other := newFakeStoreOn(t, f)
+		tokens := []string{"a", "b", "c"}
+		var commits []func() error
+		for _, token := range tokens {
+			f.seed(t, token, "n", 0)
+			commits = append(commits, commitOf(t, Begin(t.Context()), s, token, "ours", 1))
+		}
+		wantErr(t, "another process", other.Update(t.Context(), "b", setting("theirs", 1)), nil)
+		stalled := stall(t, s, f)
+		var results []func() error
+		for _, commit := range commits {
+			results = append(results, started(commit))
+		}
+		stalled()
+		for i, result := range results {
+			wantErr(t, tokens[i], result(), nil)
+		}
+		var batches, reads [][]string
+		for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
+			if len(fakeAttempts(txn)) > 0 {
+				batches = append(batches, fakeTokens(txn))
+			}
+			if gets := fakeReads(txn); len(gets) > 0 {
+				reads = append(reads, gets)
+			}
+			for _, a := range fakeAttempts(txn) {
+				if batched := len(txn.Compare) == 0; batched != (len(a.Failure) == 0) {
+					t.Errorf("%s in a batch: %t, with %d operations in its Else", fakeTokens(txn), batched, len(a.Failure))
+				}
+			}
+		}
+		if want := [][]string{{"a", "b", "c"}, {"b"}}; !reflect.DeepEqual(batches[len(batches)-2:], want) {
+			t.Errorf("batches %v, want them to end with %v", batches, want)
+		}
+		if want := [][]string{{"b"}}; !reflect.DeepEqual(reads, want) {
+			t.Errorf("reads %v, want %v", reads, want)
+		}
+		f.wantSession(t, "a", 2, "n", 0, "ours", 1)
+		f.wantSession(t, "b", 3, "n", 0, "ours", 1, "theirs", 1)
+		f.wantSession(t, "c", 2, "n", 0, "ours", 1)
+	})
+}
+
 type panicEncode struct{ scs.GobCodec }
 
 func (panicEncode) Encode(time.Time, map[string]any) ([]byte, error) { panic("encode") }

@@ -178,7 +178,7 @@ func (p *pipeline) refuted(a *attempt, ans answer) bool {
 
 // look reads what an attempt whose compare has failed did not ask for.
 func (p *pipeline) look(a *attempt) {
-	_, _, gets := a.txn()
+	gets := a.gets()
 	var ans answer
 	err := p.within(a, func(ctx context.Context) error {
 		return retry(ctx, func(ctx context.Context) error {
