@@ -286,28 +286,25 @@ func TestFault_CallerLeavesQueue(t *testing.T) {
 	wantFound(t, s, "a", "first")
 }
 
-// zombie is an etcd whose first create is delayed in the network: the answer is an error, and the request comes later.
+// zombie is an etcd whose next create, once it is armed, is delayed in the network: its caller gets an error, and late gets
+// the request.
 type zombie struct {
 	etcd
 	unfenced bool // as if creates compared no fence
-	mu       sync.Mutex
-	delayed  clientv3.Op
-	caught   bool
+	armed    atomic.Bool
+	late     func(op clientv3.Op)
 }
 
 func (z *zombie) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
 	if op.IsTxn() {
 		cmps, then, otherwise := op.Txn()
-		z.mu.Lock()
-		if !z.caught && len(cmps) == 2 {
+		if len(then) == 1 && then[0].IsPut() && z.armed.CompareAndSwap(true, false) {
 			if z.unfenced {
 				cmps = cmps[:1]
 			}
-			z.caught, z.delayed = true, clientv3.OpTxn(cmps, then, otherwise)
-			z.mu.Unlock()
+			z.late(clientv3.OpTxn(cmps, then, otherwise))
 			return clientv3.OpResponse{}, unavailableEOF
 		}
-		z.mu.Unlock()
 	}
 	return z.etcd.Do(ctx, op)
 }
@@ -318,75 +315,85 @@ func TestFault_ZombieCreate(t *testing.T) {
 	for name, unfenced := range map[string]bool{"without the fence": true, "fenced": false} {
 		t.Run(name, func(t *testing.T) {
 			cli := etcdtest.New(t, etcdtest.Config{}).Client(t)
-			z := &zombie{etcd: cli, unfenced: unfenced}
+			var delayed clientv3.Op
+			z := &zombie{etcd: cli, unfenced: unfenced, late: func(op clientv3.Op) { delayed = op }}
 			s := newStore(z, cli, defaultPrefix, nil)
 			defer mustClose(t, s)
-			if err := s.CommitCtx(Begin(t.Context()), "a", []byte("x"), time.Now().Add(time.Hour)); err != nil {
+			createAndDelete(t, s, z)
+			resp, err := cli.Do(t.Context(), delayed)
+			if err != nil {
 				t.Fatal(err)
 			}
-			if !z.caught {
-				t.Fatal("no create was delayed")
-			}
-			wantFound(t, s, "a", "x")
-			if err := s.Delete("a"); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := cli.Do(t.Context(), z.delayed); err != nil {
-				t.Fatal(err)
-			}
-			if _, back, err := s.Find("a"); err != nil || back != unfenced {
-				t.Errorf("the session is back: %v, %v", back, err)
-			}
+			wantZombie(t, s, resp, unfenced)
 		})
 	}
 }
 
-// The same in a real partition: the first send waits in a member that is cut off.
-func TestFault_ZombieCreateInPartition(t *testing.T) {
-	c := etcdtest.New(t, etcdtest.Config{Members: 3})
-	leader := c.Leader(t)
-	members := c.Integration().Members
-	cut, others := members[(leader+1)%3], []int{leader, (leader + 2) % 3}
-	cutClient := c.Client(t, etcdtest.WithMember((leader+1)%3))
-	healthy := c.Client(t, etcdtest.WithMember(others[0]))
-	via := &detour{etcd: healthy, first: cutClient}
-	s := newStore(via, healthy, defaultPrefix, nil)
-	defer mustClose(t, s)
-	mustCommit(t, s, "warm", "x", time.Hour) // a lease
-	cut.InjectPartition(t, members[others[0]], members[others[1]])
-	via.armed.Store(true)
+// createAndDelete creates the session "a", the first send being delayed, and deletes it.
+func createAndDelete(t *testing.T, s *EtcdStore, z *zombie) {
+	t.Helper()
+	z.armed.Store(true)
 	if err := s.CommitCtx(Begin(t.Context()), "a", []byte("x"), time.Now().Add(time.Hour)); err != nil {
 		t.Fatal(err)
 	}
-	if via.armed.Load() {
-		t.Fatal("no create went to the partitioned member")
+	if z.armed.Load() {
+		t.Fatal("no create was delayed")
 	}
+	wantFound(t, s, "a", "x")
 	if err := s.Delete("a"); err != nil {
 		t.Fatal(err)
 	}
-	cut.RecoverPartition(t, members[others[0]], members[others[1]])
-	// The member has caught up when it serves a linearizable read, after what it had in its queue.
-	etcdtest.Eventually(t, 10*time.Second, func() bool {
-		_, err := cutClient.Put(t.Context(), "after", "x")
-		return err == nil
-	}, "the partitioned member does not come back")
-	wantAbsent(t, s, "a")
 }
 
-// detour sends the first create another way.
-type detour struct {
-	etcd
-	first etcd
-	armed atomic.Bool
-}
-
-func (d *detour) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
-	if op.IsTxn() {
-		if cmps, _, _ := op.Txn(); len(cmps) == 2 && d.armed.CompareAndSwap(true, false) {
-			return d.first.Do(ctx, op)
-		}
+// wantZombie checks whether the delayed create was applied when it arrived, and so the session is back.
+func wantZombie(t *testing.T, s *EtcdStore, resp clientv3.OpResponse, want bool) {
+	t.Helper()
+	_, back, err := s.Find("a")
+	if err != nil || back != want || resp.Txn().Succeeded != want {
+		t.Errorf("the late create was applied: %v; the session is back: %v, %v; want %v", resp.Txn().Succeeded, back, err, want)
 	}
-	return d.etcd.Do(ctx, op)
+}
+
+// The same in a real partition. A member that is cut off, and knows that it has no leader, holds what it is to propose
+// until it has one again: the first send waits there.
+func TestFault_ZombieCreateInPartition(t *testing.T) {
+	for name, unfenced := range map[string]bool{"without the fence": true, "fenced": false} {
+		t.Run(name, func(t *testing.T) {
+			c := etcdtest.New(t, etcdtest.Config{Members: 3})
+			leader := c.Leader(t)
+			i := (leader + 1) % 3
+			cut, rest := c.Integration().Members[i], slices.Delete(slices.Clone(c.Integration().Members), i, i+1)
+			cutClient, healthy := c.Client(t, etcdtest.WithMember(i)), c.Client(t, etcdtest.WithMember(leader))
+			var resp clientv3.OpResponse
+			arrived := make(chan error, 1)
+			z := &zombie{etcd: healthy, unfenced: unfenced, late: func(op clientv3.Op) {
+				go func() {
+					ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+					defer cancel()
+					var err error
+					resp, err = cutClient.Do(ctx, op)
+					arrived <- err
+				}()
+			}}
+			s := newStore(z, healthy, defaultPrefix, []Option{WithTimeout(time.Minute)})
+			defer mustClose(t, s)
+			mustCommit(t, s, "warm", "x", time.Hour) // a lease
+
+			cut.InjectPartition(t, rest...)
+			etcdtest.Eventually(t, 30*time.Second, func() bool { return cut.Server.Lead() == 0 }, "the member still believes in its leader")
+			createAndDelete(t, s, z)
+			select {
+			case err := <-arrived:
+				t.Fatalf("the first send did not wait: %v, %v", resp, err)
+			default:
+			}
+			cut.RecoverPartition(t, rest...)
+			if err := <-arrived; err != nil {
+				t.Fatalf("the first send never arrived: %v", err)
+			}
+			wantZombie(t, s, resp, unfenced)
+		})
+	}
 }
 
 // counted counts what ends in an open outcome.
