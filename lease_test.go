@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -360,4 +361,83 @@ func TestLease_AcquireEndsWithContext(t *testing.T) {
 	faults.Intercept(nil)
 	wantAbsent(t, s, "a")
 	mustCommit(t, s, "a", "x", time.Hour)
+}
+
+// leaseLimit returns until when a lease may last that took a session with this life and expiry. The window of fitting ends
+// as long after the session as that has to live, two seconds at least. For clocks newLease adds a second and a sixteenth
+// of the life that the lease was granted for, four fifths of the window's end at most, and rounds up to a second; one
+// more is for the grant's own time.
+func leaseLimit(expiry time.Time, life time.Duration) time.Time {
+	until := max(life, 2*time.Second)
+	return expiry.Add(until + (life+until)/20 + 3*time.Second)
+}
+
+// An application process is killed: it does not close its store, and nobody looks after its leases any more. No lease
+// outlives a session that has been on it by more than the window, and in the end neither sessions nor leases are left.
+func TestLease_ProcessKilled(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{})
+	killed, cli := c.Client(t), c.Client(t)
+	s := New(killed)
+	limits := make(map[clientv3.LeaseID]time.Time) // the earliest, of all sessions that a lease took
+	var brief []clientv3.LeaseID
+	day := 24 * time.Hour
+	for i, life := range []time.Duration{30 * day, 7 * day, day, 12 * time.Hour, time.Hour, 20 * time.Minute, 2 * time.Minute, 20 * time.Second, 3 * time.Second, time.Second} {
+		for k := range 10 {
+			// From long to short, so that each finds the leases of longer ones, and by less than a quarter, so that some
+			// share a lease that was granted for others.
+			life := life + life/40*time.Duration(k)
+			token, expiry := fmt.Sprintf("%d-%d", i, k), time.Now().Add(life)
+			if err := s.Commit(token, []byte("x"), expiry); err != nil {
+				t.Fatal(err)
+			}
+			id := leaseOf(t, cli, token)
+			if limit := leaseLimit(expiry, life); limits[id].IsZero() || limit.Before(limits[id]) {
+				limits[id] = limit
+			}
+			if life < 2*time.Second {
+				brief = append(brief, id)
+			}
+			if k%3 == 1 || i == 5 { // all of one kind
+				if err := s.Delete(token); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	if err := killed.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	now := time.Now()
+	for _, id := range etcdtest.Leases(t, cli) {
+		ttl, err := cli.TimeToLive(t.Context(), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		limit, known := limits[id]
+		if end := now.Add(time.Duration(ttl.TTL) * time.Second); !known || end.After(limit) {
+			t.Errorf("a lease of %d s lasts for %v more, which is %v too long", ttl.GrantedTTL, end.Sub(now), end.Sub(limit))
+		}
+	}
+	etcdtest.Eventually(t, 30*time.Second, func() bool {
+		left := etcdtest.Leases(t, cli)
+		return !slices.ContainsFunc(brief, func(id clientv3.LeaseID) bool { return slices.Contains(left, id) })
+	}, "the leases of sessions of a second are still there")
+	for _, key := range etcdtest.Keys(t, cli, "") {
+		if strings.HasPrefix(key, defaultPrefix+"9-") || slices.ContainsFunc(brief, func(id clientv3.LeaseID) bool {
+			return strings.HasSuffix(key, fmt.Sprintf("~lease/%x", int64(id)))
+		}) {
+			t.Errorf("%q is left of the sessions of a second", key)
+		}
+	}
+}
+
+// leaseOf returns the lease that a session is on.
+func leaseOf(t *testing.T, cli *clientv3.Client, token string) clientv3.LeaseID {
+	t.Helper()
+	resp, err := cli.Get(t.Context(), defaultPrefix+token)
+	if err != nil || len(resp.Kvs) != 1 {
+		t.Fatal(resp, err)
+	}
+	return clientv3.LeaseID(resp.Kvs[0].Lease)
 }
