@@ -62,107 +62,219 @@ func failOnce(f *etcdtest.Faults, n int, fate etcdtest.Fate) {
 	})
 }
 
-// Every error that leaves an outcome open is settled, whether the call was made or not: the write happens once.
-func TestFault_UnknownIsSettled(t *testing.T) {
-	s, faults, cli := faultyStore(t)
-	unknown := []error{
-		unavailableEOF,
-		rpctypes.ErrGRPCTimeout,
-		rpctypes.ErrGRPCTimeoutDueToLeaderFail,
-		rpctypes.ErrGRPCTimeoutDueToConnectionLost,
-		rpctypes.ErrGRPCLeaderChanged,
-		rpctypes.ErrGRPCStopped,
-		status.Error(codes.DeadlineExceeded, "context deadline exceeded"), // the client resends behind our back
-		status.Error(codes.Canceled, "context canceled"),
-		status.Error(codes.Unknown, "raft proposal dropped"),
-		status.Error(codes.Internal, "transport"),
-		rpctypes.ErrGRPCAuthOldRevision, // definite, and transient
-		rpctypes.ErrGRPCRequestTooManyRequests,
-		rpctypes.ErrGRPCNoLeader,
-	}
-	for i, err := range unknown {
-		for _, made := range []bool{true, false} {
-			if made && classify(rpctypes.Error(err)) == classTransient {
-				continue // the server does not answer so to what it applies
-			}
-			name := fmt.Sprintf("%v, made %v", err, made)
-			created, updated := fmt.Sprintf("c%d%v", i, made), "a"
-			failOnce(faults, 1, etcdtest.Fate{Err: err, Drop: !made})
-			if err := s.CommitCtx(Begin(t.Context()), created, []byte(name), time.Now().Add(time.Hour)); err != nil {
-				t.Errorf("%s: create: %v", name, err)
-			}
-			before := modRevision(t, cli, updated)
-			failOnce(faults, 1, etcdtest.Fate{Err: err, Drop: !made})
-			if err := s.Commit(updated, []byte(name), time.Now().Add(time.Hour)); err != nil {
-				t.Errorf("%s: update: %v", name, err)
-			}
-			faults.Intercept(nil)
-			wantFound(t, s, created, name)
-			wantFound(t, s, updated, name)
-			if n := versions(t, cli, updated, before); n != 1 {
-				t.Errorf("%s: updated %d times", name, n)
-			}
-			if n := versions(t, cli, created, 0); n != 1 {
-				t.Errorf("%s: created %d times", name, n)
-			}
-			failOnce(faults, 1, etcdtest.Fate{Err: err, Drop: !made})
-			if err := s.Delete(created); err != nil {
-				t.Errorf("%s: delete: %v", name, err)
-			}
-			wantAbsent(t, s, created)
-		}
-	}
+// faultError is an error of a write.
+type faultError struct {
+	err   error  // as the server, or the client below the store, gives it
+	want  error  // what the call is told whose first send gets it, and is not made; nil: that it happened after all
+	never string // why it is never given to what is applied, "" where it may be
 }
 
-func modRevision(t *testing.T, cli *clientv3.Client, token string) int64 {
-	t.Helper()
-	resp, err := cli.Get(t.Context(), defaultPrefix+token)
-	if err != nil || len(resp.Kvs) == 0 {
-		t.Fatal(resp, err)
+// What never comes from a request that is applied, and why. Its row of classes rests on that.
+const (
+	checkedFirst   = "api/v3rpc/key.go checks the request before it is proposed"
+	checkedInTxn   = "txn/txn.go checks the whole Txn before its first effect"
+	checkedInAuth  = "apply/auth.go checks permissions before the request is applied"
+	refusedToStart = "v3_server.go refuses the request before it is proposed"
+)
+
+// faultErrors returns the errors that a write can get: all that classes lists, others of etcd's, and every code of gRPC
+// with words that nobody knows.
+func faultErrors() []faultError {
+	all := []faultError{
+		{rpctypes.ErrGRPCTooManyOps, rpctypes.ErrTooManyOps, checkedFirst},
+		{rpctypes.ErrGRPCDuplicateKey, rpctypes.ErrDuplicateKey, checkedFirst},
+		{rpctypes.ErrGRPCEmptyKey, rpctypes.ErrEmptyKey, checkedFirst},
+		{rpctypes.ErrGRPCKeyNotFound, rpctypes.ErrKeyNotFound, checkedInTxn},
+		{rpctypes.ErrGRPCLeaseNotFound, rpctypes.ErrLeaseNotFound, checkedInTxn},
+		{rpctypes.ErrGRPCCompacted, rpctypes.ErrCompacted, checkedInTxn},
+		{rpctypes.ErrGRPCPermissionDenied, rpctypes.ErrPermissionDenied, checkedInAuth},
+		{rpctypes.ErrGRPCPermissionNotGranted, rpctypes.ErrPermissionNotGranted, checkedInAuth},
+		{rpctypes.ErrGRPCUserEmpty, rpctypes.ErrUserEmpty, checkedInAuth},
+		{rpctypes.ErrGRPCAuthOldRevision, nil, checkedInAuth},
+		{rpctypes.ErrGRPCAuthFailed, rpctypes.ErrAuthFailed, refusedToStart},
+		{rpctypes.ErrGRPCInvalidAuthToken, rpctypes.ErrInvalidAuthToken, refusedToStart},
+		{rpctypes.ErrGRPCRequestTooLarge, ErrTooLarge, refusedToStart},
+		{rpctypes.ErrGRPCRequestTooManyRequests, nil, refusedToStart},
+		{rpctypes.ErrGRPCNoLeader, nil, "api/v3rpc/interceptor.go refuses the request before it is served"},
+		{status.Error(codes.ResourceExhausted, "trying to send message larger than max (3145738 vs. 2097152)"), ErrTooLarge, "the client does not send it"},
+		{rpctypes.ErrGRPCNoSpace, rpctypes.ErrNoSpace, ""},
+		{rpctypes.ErrGRPCTimeout, nil, ""},
+		{rpctypes.ErrGRPCTimeoutDueToLeaderFail, nil, ""},
+		{rpctypes.ErrGRPCTimeoutDueToConnectionLost, nil, ""},
+		{rpctypes.ErrGRPCTimeoutWaitAppliedIndex, nil, ""},
+		{rpctypes.ErrGRPCLeaderChanged, nil, ""},
+		{rpctypes.ErrGRPCNotLeader, nil, ""},
+		{rpctypes.ErrGRPCStopped, nil, ""},
+		{rpctypes.ErrGRPCUnhealthy, nil, ""},
+		{rpctypes.ErrGRPCCorrupt, nil, ""},
+		{rpctypes.ErrGRPCNotCapable, nil, ""},
+		{rpctypes.ErrGRPCNotSupportedForLearner, nil, ""},
+		{rpctypes.ErrGRPCCanceled, nil, ""}, // the client resends these two behind our back
+		{rpctypes.ErrGRPCDeadlineExceeded, nil, ""},
+		{rpctypes.ErrGRPCFutureRev, nil, ""},
+		{rpctypes.ErrGRPCLeaseProvided, nil, ""},
+		{rpctypes.ErrGRPCValueProvided, nil, ""},
+		{rpctypes.ErrGRPCInvalidAuthMgmt, nil, ""},
+		{status.Error(codes.Unknown, "raft proposal dropped"), nil, ""},
+		{status.Error(codes.ResourceExhausted, "grpc: received message larger than max (5 vs. 4)"), nil, ""},
+		{unavailableEOF, nil, ""},
 	}
-	return resp.Kvs[0].ModRevision
+	for code := codes.Canceled; code <= codes.Unauthenticated; code++ {
+		all = append(all, faultError{status.Error(code, "unheard of"), nil, ""})
+	}
+	return all
 }
 
-// versions counts the versions of a session after a revision.
-func versions(t *testing.T, cli *clientv3.Client, token string, after int64) int {
-	t.Helper()
-	n := 0
-	for rev := int64(-1); ; n++ {
-		resp, err := cli.Get(t.Context(), defaultPrefix+token, clientv3.WithRev(max(rev, 0)))
-		if err != nil {
-			t.Fatal(err)
+// Each error that a write can get, once or always, with the request made and not made: what the call is told is what
+// etcd's history shows. Nil says that the write happened, once; ErrOutcomeUnknown leaves it open, and comes only where the
+// error does not end; every other error says that it did not happen.
+func TestFault_EveryError(t *testing.T) {
+	c := etcdtest.New(t, etcdtest.Config{})
+	faults := &etcdtest.Faults{}
+	// With a token that the user has set, the client does not itself get a new one and send again.
+	token := func(cfg *clientv3.Config) { cfg.Token = "token" }
+	faulty, cli := c.Client(t, etcdtest.WithFaults(faults), token), c.Client(t)
+	for _, row := range classes {
+		if !slices.ContainsFunc(faultErrors(), func(e faultError) bool { return errors.Is(rpctypes.Error(e.err), row.err) }) {
+			t.Errorf("no case for %v", row.err)
 		}
-		if len(resp.Kvs) == 0 || resp.Kvs[0].ModRevision <= after {
-			return n
-		}
-		rev = resp.Kvs[0].ModRevision - 1
 	}
-}
-
-// Definite errors fail the call that they answer, and nothing is stored.
-func TestFault_DefiniteFails(t *testing.T) {
-	s, faults, _ := faultyStore(t)
-	for _, c := range []struct{ sent, want error }{
-		{rpctypes.ErrGRPCRequestTooLarge, ErrTooLarge},
-		{rpctypes.ErrGRPCPermissionDenied, rpctypes.ErrPermissionDenied},
-		{rpctypes.ErrGRPCDuplicateKey, rpctypes.ErrDuplicateKey},
-		{rpctypes.ErrGRPCUserEmpty, rpctypes.ErrUserEmpty},
-		{rpctypes.ErrGRPCNoSpace, rpctypes.ErrNoSpace},
-	} {
-		for _, token := range []string{"a", "new"} {
-			ctx := Begin(t.Context())
-			if _, _, err := s.FindCtx(ctx, token); err != nil {
+	var cases []*faultCase
+	for i, e := range faultErrors() {
+		for _, made := range []bool{false, true} {
+			for _, always := range []bool{false, true} {
+				for kind := callCommit; kind <= callDelete; kind++ {
+					if !made || e.never == "" {
+						cases = append(cases, &faultCase{faultError: e, kind: kind, made: made, always: always, token: fmt.Sprintf("%d %v %v %d", i, made, always, kind)})
+					}
+				}
+			}
+		}
+	}
+	byKey := make(map[string]*faultCase)
+	seeds := New(cli)
+	defer mustClose(t, seeds)
+	for _, fc := range cases {
+		byKey[defaultPrefix+fc.token] = fc
+		if fc.kind != callCommit {
+			if err := seeds.Commit(fc.token, gobSession(t, day0, map[string]any{"n": 0}), time.Now().Add(time.Hour)); err != nil {
 				t.Fatal(err)
 			}
-			failOnce(faults, 1, etcdtest.Fate{Err: c.sent, Drop: true})
-			err := s.CommitCtx(ctx, token, []byte("x"), time.Now().Add(time.Hour))
-			if !errors.Is(err, c.want) || errors.Is(err, ErrOutcomeUnknown) || !strings.HasPrefix(err.Error(), "etcdstore: ") {
-				t.Errorf("%v: Commit(%q) = %v", c.sent, token, err)
-			}
 		}
-		faults.Intercept(nil)
-		wantFound(t, s, "a", "before")
-		wantAbsent(t, s, "new")
+	}
+	faults.Intercept(func(_ string, req any) etcdtest.Fate {
+		if txn, ok := req.(*etcdserverpb.TxnRequest); ok && len(txn.Compare) > 0 {
+			return byKey[string(txn.Compare[0].Key)].fate()
+		}
+		return etcdtest.Fate{}
+	})
+	var wg sync.WaitGroup
+	places := make(chan struct{}, 64)
+	for _, fc := range cases {
+		wg.Go(func() {
+			places <- struct{}{}
+			defer func() { <-places }()
+			timeout := time.Minute
+			if fc.always {
+				timeout = 300 * time.Millisecond
+			}
+			s := New(faulty, WithTimeout(timeout))
+			fc.told = fc.do(t, s)
+			s.pipeline.busy.Wait()
+		})
+	}
+	wg.Wait()
+	countEvents(t, cli, func(e *clientv3.Event) {
+		if fc := byKey[string(e.Kv.Key)]; fc != nil && (fc.kind == callCommit || !e.IsCreate()) { // it was there before
+			fc.happened++
+		}
+	})
+	for _, fc := range cases {
+		fc.check(t)
+	}
+}
+
+// countEvents passes all that has happened in etcd to f.
+func countEvents(t *testing.T, cli *clientv3.Client, f func(e *clientv3.Event)) {
+	t.Helper()
+	last, err := cli.Put(t.Context(), "end", "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	for resp := range cli.Watch(ctx, "", clientv3.WithPrefix(), clientv3.WithRev(1)) {
+		if err := resp.Err(); err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range resp.Events {
+			if e.Kv.ModRevision == last.Header.Revision {
+				return
+			}
+			f(e)
+		}
+	}
+	t.Fatal("the watch ended")
+}
+
+// faultCase is a write that gets an error.
+type faultCase struct {
+	faultError
+	kind   callKind
+	made   bool // the error comes in place of the answer; else the request is never made
+	always bool // to every send; else to the first
+	token  string
+	sends  atomic.Int32
+
+	told     error
+	happened int // how often, as etcd's history shows it
+}
+
+func (c *faultCase) String() string {
+	kind := [...]string{"find", "create", "update", "delete"}[c.kind]
+	return fmt.Sprintf("%s, %v, made: %v, always: %v: sent %d times, told %v, happened %d times", kind, c.err, c.made, c.always, c.sends.Load(), c.told, c.happened)
+}
+
+func (c *faultCase) fate() etcdtest.Fate {
+	if c.sends.Add(1) > 1 && !c.always {
+		return etcdtest.Fate{}
+	}
+	return etcdtest.Fate{Err: c.err, Drop: !c.made}
+}
+
+// do makes the call.
+func (c *faultCase) do(t *testing.T, s *EtcdStore) error {
+	switch c.kind {
+	case callUpdate:
+		return s.Update(t.Context(), c.token, increment)
+	case callDelete:
+		return s.Delete(c.token)
+	}
+	return s.CommitCtx(Begin(t.Context()), c.token, gobSession(t, day0, map[string]any{"n": 1}), time.Now().Add(time.Hour))
+}
+
+// check compares what the call was told with what happened.
+func (c *faultCase) check(t *testing.T) {
+	t.Helper()
+	agrees := c.happened == 0
+	switch {
+	case c.told == nil:
+		agrees = c.happened == 1
+	case errors.Is(c.told, ErrOutcomeUnknown):
+		agrees = c.happened <= 1 && c.always
+	}
+	if !agrees {
+		t.Errorf("%v", c)
+	}
+	if c.told != nil && !strings.HasPrefix(c.told.Error(), "etcdstore: ") {
+		t.Errorf("%v: whose error is that?", c)
+	}
+	want := c.want
+	if c.made || c.kind == callCommit && errors.Is(want, rpctypes.ErrLeaseNotFound) {
+		want = nil // it did happen; or there are other leases for what needs one
+	}
+	if !c.always && !errors.Is(c.told, want) {
+		t.Errorf("%v, want %v", c, want)
 	}
 }
 
