@@ -162,6 +162,7 @@ func TestFault_EveryError(t *testing.T) {
 			}
 		}
 	}
+	events := recordEvents(t, cli)
 	faults.Intercept(func(_ string, req any) etcdtest.Fate {
 		if txn, ok := req.(*etcdserverpb.TxnRequest); ok && len(txn.Compare) > 0 {
 			return byKey[string(txn.Compare[0].Key)].fate()
@@ -184,37 +185,41 @@ func TestFault_EveryError(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	countEvents(t, cli, func(e *clientv3.Event) {
-		if fc := byKey[string(e.Kv.Key)]; fc != nil && (fc.kind == callCommit || !e.IsCreate()) { // it was there before
+	for _, e := range events() {
+		if fc := byKey[string(e.Kv.Key)]; fc != nil {
 			fc.happened++
 		}
-	})
+	}
 	for _, fc := range cases {
 		fc.check(t)
 	}
 }
 
-// countEvents passes all that has happened in etcd to f.
-func countEvents(t *testing.T, cli *clientv3.Client, f func(e *clientv3.Event)) {
+// recordEvents records what happens in etcd from now on, and returns a function that returns it. What is compacted
+// meanwhile is not lost.
+func recordEvents(t *testing.T, cli *clientv3.Client) func() []*clientv3.Event {
 	t.Helper()
-	last, err := cli.Put(t.Context(), "end", "x")
-	if err != nil {
-		t.Fatal(err)
+	watch := cli.Watch(t.Context(), "", clientv3.WithPrefix(), clientv3.WithCreatedNotify())
+	if created := <-watch; !created.Created {
+		t.Fatal(created.Err())
 	}
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	for resp := range cli.Watch(ctx, "", clientv3.WithPrefix(), clientv3.WithRev(1)) {
-		if err := resp.Err(); err != nil {
+	return func() (events []*clientv3.Event) {
+		t.Helper()
+		last, err := cli.Put(t.Context(), "end", "x")
+		if err != nil {
 			t.Fatal(err)
 		}
-		for _, e := range resp.Events {
-			if e.Kv.ModRevision == last.Header.Revision {
-				return
+		for resp := range watch {
+			for _, e := range resp.Events {
+				if e.Kv.ModRevision == last.Header.Revision {
+					return events
+				}
+				events = append(events, e)
 			}
-			f(e)
 		}
+		t.Fatal("the watch ended")
+		return nil
 	}
-	t.Fatal("the watch ended")
 }
 
 // faultCase is a write that gets an error.
@@ -292,6 +297,136 @@ func TestFault_NoSpaceButApplied(t *testing.T) {
 	faults.Intercept(nil)
 	wantFound(t, s, "a", "after")
 	wantFound(t, s, "new", "after")
+}
+
+// aftermath is an etcd that loses the answer to the next write of a session, once it is armed. Before anyone hears of that,
+// other things happen.
+type aftermath struct {
+	etcd
+	made  bool // the write is made
+	armed atomic.Bool
+	then  func()
+}
+
+func (a *aftermath) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
+	if !writesSessions(op) || !a.armed.CompareAndSwap(true, false) {
+		return a.etcd.Do(ctx, op)
+	}
+	if a.made {
+		if _, err := a.etcd.Do(ctx, op); err != nil {
+			return clientv3.OpResponse{}, err
+		}
+	}
+	a.then()
+	return clientv3.OpResponse{}, unavailableEOF
+}
+
+// The answer to a write is lost, others write, and etcd compacts its history. The call is told what happened where the
+// session as it is shows that, or else the history; only where that is compacted, its outcome stays unknown.
+func TestFault_CompactedHistory(t *testing.T) {
+	cli := etcdtest.New(t, etcdtest.Config{}).Client(t)
+	other := New(cli)
+	defer mustClose(t, other)
+	for i, c := range []struct {
+		ours     callKind
+		made     bool
+		others   string // what others do then: u(pdate), d(elete), c(reate)
+		compact  bool   // all history
+		want     error
+		happened int
+	}{
+		{callUpdate, true, "", true, nil, 1}, // the session bears its write id
+		{callUpdate, false, "", true, nil, 1},
+		{callUpdate, true, "u", false, nil, 1},
+		{callUpdate, true, "u", true, ErrOutcomeUnknown, 1},
+		{callUpdate, false, "u", false, nil, 1},
+		{callUpdate, true, "ud", false, nil, 1},
+		{callUpdate, true, "ud", true, ErrOutcomeUnknown, 1},
+		{callUpdate, false, "ud", false, ErrSessionGone, 0},
+		{callUpdate, false, "ud", true, ErrOutcomeUnknown, 0},
+		{callUpdate, true, "udc", false, nil, 1},
+		{callUpdate, true, "udc", true, ErrOutcomeUnknown, 1},
+		{callCommit, true, "", true, nil, 1},
+		{callCommit, false, "", true, nil, 1},
+		{callCommit, true, "ud", false, nil, 1},
+		{callCommit, true, "u", true, ErrOutcomeUnknown, 1},
+		{callCommit, true, "ud", true, ErrOutcomeUnknown, 1},
+		{callDelete, false, "", true, nil, 1},
+		{callDelete, false, "u", false, nil, 1},
+		{callDelete, true, "c", false, nil, 1},
+		{callDelete, true, "c", true, ErrOutcomeUnknown, 1},
+	} {
+		name := fmt.Sprintf("case %d, %+v", i, c)
+		a := &aftermath{etcd: cli, made: c.made}
+		s := newStore(a, cli, defaultPrefix, []Option{WithTimeout(time.Minute)})
+		ours := &faultCase{kind: c.ours, token: fmt.Sprint("t", i)}
+		create := func() error {
+			return other.Commit(ours.token, gobSession(t, day0, map[string]any{"theirs": 0}), time.Now().Add(time.Hour))
+		}
+		acts := map[rune]func() error{
+			'u': func() error { return other.Update(t.Context(), ours.token, setting("theirs", 1)) },
+			'd': func() error { return other.Delete(ours.token) },
+			'c': create,
+		}
+		mustCommit(t, s, "warm", "x", time.Hour) // a lease, so that the next write is ours
+		if c.ours != callCommit {
+			if err := create(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		events := recordEvents(t, cli)
+		a.then = func() {
+			for _, act := range c.others {
+				if err := acts[act](); err != nil {
+					t.Errorf("%s: another: %v", name, err)
+				}
+			}
+			if !c.compact {
+				return
+			}
+			last, err := cli.Put(t.Context(), "last", "x")
+			if err == nil {
+				_, err = cli.Compact(t.Context(), last.Header.Revision)
+			}
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		a.armed.Store(true)
+		if err := ours.do(t, s); !errors.Is(err, c.want) {
+			t.Errorf("%s: %v, want %v", name, err, c.want)
+		}
+		if n := tookEffect(t, ours, events()); n != c.happened {
+			t.Errorf("%s: it happened %d times", name, n)
+		}
+		mustClose(t, s)
+	}
+}
+
+// tookEffect counts how often a call took effect in what happened since its session was there: that n was set, or moved, or
+// the session deleted.
+func tookEffect(t *testing.T, c *faultCase, events []*clientv3.Event) (times int) {
+	t.Helper()
+	var before any
+	for _, e := range events {
+		if string(e.Kv.Key) != defaultPrefix+c.token {
+			continue
+		}
+		var values map[string]any
+		if e.Type == clientv3.EventTypePut {
+			var err error
+			if _, values, err = (scs.GobCodec{}).Decode(e.Kv.Value); err != nil {
+				t.Fatal(err)
+			}
+		} else if c.kind == callDelete {
+			times++
+		}
+		if values["n"] != nil && values["n"] != before {
+			times++
+		}
+		before = values["n"]
+	}
+	return times
 }
 
 // The client sends a write again when a server gave up on it. The write id tells that the failed compare is our own doing,
