@@ -289,30 +289,15 @@ func (r *faultRun) now() int64 { return int64(time.Since(r.start)) }
 // readHistory reads every version of every session from etcd.
 func (r *faultRun) readHistory(t *testing.T) {
 	t.Helper()
-	last, err := r.admin.Put(t.Context(), "end", "x")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
 	r.history, r.added = make(map[string]*faultHistory), make(map[string][]int64)
 	for i := range faultTokens {
 		r.history[fmt.Sprint("t", i)] = &faultHistory{}
 	}
-	for resp := range r.admin.Watch(ctx, "", clientv3.WithPrefix(), clientv3.WithRev(r.first)) {
-		if err := resp.Err(); err != nil {
-			t.Fatal(err)
-		}
-		for _, e := range resp.Events {
-			if e.Kv.ModRevision == last.Header.Revision {
-				return
-			}
-			if h := r.history[strings.TrimPrefix(string(e.Kv.Key), defaultPrefix)]; h != nil {
-				r.happened(t, h, e)
-			}
+	for _, e := range eventsSince(t, r.admin, r.first) {
+		if h := r.history[strings.TrimPrefix(string(e.Kv.Key), defaultPrefix)]; h != nil {
+			r.happened(t, h, e)
 		}
 	}
-	t.Fatal("the watch ended")
 }
 
 // happened adds an event to a session's history.
