@@ -439,14 +439,14 @@ func tookEffect(t *testing.T, c *faultCase, events []*clientv3.Event) (times int
 }
 
 // The client sends a write again when a server gave up on it. The write id tells that the failed compare is our own doing,
-// also where another write came on top of it.
+// also where another write came on top of it, which the commit must not be made over again.
 func TestFault_HiddenResend(t *testing.T) {
 	s, faults, cli := faultyStore(t)
 	other := New(cli)
 	defer mustClose(t, other)
 	mustCommit(t, other, "warm", "x", time.Hour) // a lease: its commits must fit into an attempt's time
 	base := gobSession(t, time.Now().Add(time.Hour), map[string]any{"n": 0})
-	for _, act := range []string{"nothing", "overwritten", "overwritten twice", "deleted"} {
+	for act, left := range map[string]any{"nothing": 1, "overwritten": 0, "overwritten twice": 0, "deleted": nil} {
 		if err := s.Commit("a", base, time.Now().Add(time.Hour)); err != nil {
 			t.Fatal(err)
 		}
@@ -489,6 +489,18 @@ func TestFault_HiddenResend(t *testing.T) {
 			t.Errorf("then %s: %v; the commit was applied by its first send", act, err)
 		}
 		faults.Intercept(nil)
+		if b, _, err = s.Find("a"); err != nil {
+			t.Fatal(err)
+		}
+		var values map[string]any
+		if b != nil {
+			if _, values, err = (scs.GobCodec{}).Decode(b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if values["n"] != left {
+			t.Errorf("then %s: n is %v, want %v; the commit was made again", act, values["n"], left)
+		}
 		if n := sends.Load(); n < 2 { // more where an attempt runs out of time
 			t.Errorf("then %s: sent %d times", act, n)
 		}
