@@ -349,6 +349,7 @@ func TestFault_CompactedHistory(t *testing.T) {
 		{callUpdate, true, "u", false, nil, 1},
 		{callUpdate, true, "u", true, ErrOutcomeUnknown, 1},
 		{callUpdate, false, "u", false, nil, 1},
+		{callUpdate, false, "u", true, nil, 1}, // the session has had one version since, which is not ours
 		{callUpdate, true, "ud", false, nil, 1},
 		{callUpdate, true, "ud", true, ErrOutcomeUnknown, 1},
 		{callUpdate, false, "ud", false, ErrSessionGone, 0},
@@ -362,6 +363,9 @@ func TestFault_CompactedHistory(t *testing.T) {
 		{callCommit, true, "ud", true, ErrOutcomeUnknown, 1},
 		{callDelete, false, "", true, nil, 1},
 		{callDelete, false, "u", false, nil, 1},
+		{callDelete, false, "u", true, nil, 1}, // the session's key is still the one
+		{callDelete, true, "", true, nil, 1},   // the session is not there, whoever deleted it
+		{callDelete, false, "d", true, nil, 1},
 		{callDelete, true, "c", false, nil, 1},
 		{callDelete, true, "c", true, ErrOutcomeUnknown, 1},
 	} {
@@ -824,16 +828,6 @@ func TestFault_NoQuorum(t *testing.T) {
 	if happened["a"] > 1 || happened["b"] > 1 || happened["fresh"] > 1 || happened["c"] == 0 {
 		t.Errorf("after the sessions were read, keys were written so often: %v", happened)
 	}
-}
-
-// idle reports whether nothing waits in a store.
-func idle(s *EtcdStore) bool {
-	p, r := s.pipeline, s.reader
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return len(p.queues) == 0 && len(p.ready) == 0 && p.lane.total == 0 && len(r.waiting) == 0 && len(r.order) == 0 && r.lane.total == 0
 }
 
 // What was acknowledged is there after all members were restarted.

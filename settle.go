@@ -249,22 +249,31 @@ func (p *pipeline) unguarded(a *attempt, ans answer) bool {
 // attempt itself whose answer was lost, also behind our back: the client resends when a server gives up on a request.
 func (p *pipeline) overtaken(a *attempt, current *version) {
 	switch {
-	case a.kind == writeNothing, a.kind == writeDelete && !a.unknown && current.rev != 0 && current.created == a.base.created:
+	case a.kind == writeNothing, a.clears:
 		p.requeue(a, current)
+	case a.kind == writeDelete && current.rev != 0 && current.created == a.base.created:
+		p.requeue(a, current) // it was never deleted
+	case a.kind == writeDelete && current.rev == 0 && a.onlyDeletes():
+		p.settled(a, current) // it is not there, whoever did that
 	case a.kind == writePut && current.rev != 0 && current.id == a.record.id:
 		p.found(a, current)
-	case a.kind == writePut && !a.unknown && !a.mayPrecede(current):
+	case a.kind == writePut && !a.mayPrecede(current):
 		p.requeue(a, current)
 	default:
 		go p.trace(a, current)
 	}
 }
 
+// onlyDeletes reports whether all of a's calls are told the same when the session is not there.
+func (a *attempt) onlyDeletes() bool {
+	return !slices.ContainsFunc(a.ops, func(o *op) bool { return o.change != remove{} })
+}
+
 // mayPrecede reports whether current may be a later version than one that a has written unnoticed.
 func (a *attempt) mayPrecede(current *version) bool {
 	switch {
 	case current.rev == 0:
-		return a.base.rev != 0
+		return a.unknown || a.base.rev != 0
 	case current.rev <= a.since:
 		return false // it was there before the first send, and so had the base been overtaken
 	case a.base.rev == 0:
@@ -286,8 +295,6 @@ func (p *pipeline) trace(a *attempt, current *version) {
 	case err != nil:
 		a.unknown = true
 		p.giveUp(a, err)
-	case written != nil && a.clears:
-		p.requeue(a, current)
 	case written != nil:
 		written.image = a.final
 		p.settledAs(a, written, current)
