@@ -22,7 +22,7 @@ type Conflict struct {
 }
 
 // A Resolver decides a conflict: the value that it returns is stored, nil removes the key (also where a codec such
-// as JSON knows a null), and an error fails the commit as it is. It is not asked under Serializable, where the changes
+// as JSON knows a null), and an error fails the commit as it is. It is not asked under [Serializable], where the changes
 // of others are conflicts as such. It must not change the values that it is given, nor call the store or the session
 // manager, nor end its goroutine (runtime.Goexit); it is called from several goroutines at a time, and again when the
 // commit is tried again.

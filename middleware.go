@@ -30,7 +30,7 @@ const (
 )
 
 // Retry runs next again, as a new transaction, when its commit lost against another request: the session was changed on
-// the same key (ErrConflict), or was deleted (ErrSessionGone). It goes outside of LoadAndSave:
+// the same key ([ErrConflict]), or was deleted ([ErrSessionGone]). It goes outside of LoadAndSave:
 //
 //	handler := store.Retry(sessionManager.LoadAndSave(mux))
 //
@@ -388,10 +388,10 @@ func (e *EtcdStore) exclude(ctx context.Context, token string) (*lock, error) {
 
 // ErrorFunc is for scs.SessionManager.ErrorFunc. It answers
 //
-//   - ErrSessionGone with nothing: the user has logged out, there is nothing to save, and the handler's response passes
+//   - [ErrSessionGone] with nothing: the user has logged out, there is nothing to save, and the handler's response passes
 //     without a cookie;
-//   - ErrConflict with 409;
-//   - ErrOutcomeUnknown, and what says that etcd is not available, with 503 and Retry-After;
+//   - [ErrConflict] with 409;
+//   - [ErrOutcomeUnknown], and what says that etcd is not available, with 503 and Retry-After;
 //   - everything else with 500.
 //
 // It logs all but the first with slog, unless the client has gone. In a run that Retry repeats it does nothing. Note that

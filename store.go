@@ -117,11 +117,11 @@ func (e *EtcdStore) Commit(token string, b []byte, expiry time.Time) error {
 // CommitCtx stores a session until expiry, to the millisecond. An expiry that has passed deletes it.
 //
 // In a transaction (a request of net/http is one) the commit is validated against what the transaction read of this
-// session: it is merged with what others changed since, and fails with ErrConflict where they changed the same key, or
-// with ErrSessionGone where the session was deleted or has expired. Outside of one it overwrites.
+// session: it is merged with what others changed since, and fails with [ErrConflict] where they changed the same key, or
+// with [ErrSessionGone] where the session was deleted or has expired. Outside of one it overwrites.
 //
-// Other errors are ErrInvalidToken, ErrTooLarge, ErrClosed, and ErrOutcomeUnknown where the context or the time-out ends
-// the call after the commit was sent. After every other error nothing was written.
+// Other errors are [ErrInvalidToken], [ErrTooLarge], [ErrClosed], and [ErrOutcomeUnknown] where the context or the
+// time-out ends the call after the commit was sent. After every other error nothing was written.
 func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expiry time.Time) error {
 	return e.call(ctx, "commit", func(deadline time.Time) error {
 		if !validToken(token) {
@@ -293,7 +293,7 @@ func (e *EtcdStore) enter() bool {
 }
 
 // Close waits for the calls in flight, and for what they left to be settled, revokes the leases that no session is on,
-// and leaves the client open. Later calls return ErrClosed; closing again does nothing.
+// and leaves the client open. Later calls return [ErrClosed]; closing again does nothing.
 //
 // Calling Close is optional: a store that is not used has no goroutines, and every lease ends by itself.
 func (e *EtcdStore) Close() error {
