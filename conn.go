@@ -33,7 +33,8 @@ const maxBatchKeys = 120
 type conn struct {
 	etcd
 	revision atomic.Int64 // the latest that it is known to have had
-	heard    atomic.Int64 // when an answer said so last, in Unix nanoseconds
+	made     time.Time
+	heard    atomic.Int64 // when an answer said so last, as a time since made: the wall clock may be set back; 0: never
 	halvings atomic.Int32 // of maxBatchKeys, because its limit on operations is set lower
 }
 
@@ -65,7 +66,7 @@ func (c *conn) do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, err
 }
 
 func (c *conn) saw(h *etcdserverpb.ResponseHeader) {
-	c.heard.Store(time.Now().UnixNano())
+	c.heard.Store(max(int64(time.Since(c.made)), 1))
 	for {
 		known := c.revision.Load()
 		if h.GetRevision() <= known || c.revision.CompareAndSwap(known, h.GetRevision()) {
@@ -76,7 +77,10 @@ func (c *conn) saw(h *etcdserverpb.ResponseHeader) {
 
 // stale reports whether revision is not that of the last second. Whoever is about to write then reads first: what became of
 // a write that fails its compare is told by the history since the revision before it, which must not be long, nor compacted.
-func (c *conn) stale() bool { return time.Now().UnixNano()-c.heard.Load() > int64(time.Second) }
+func (c *conn) stale() bool {
+	heard := time.Duration(c.heard.Load())
+	return heard == 0 || time.Since(c.made)-heard > time.Second
+}
 
 // retry calls try until it gives a definite answer or ctx ends, each time with a bounded context. It is for
 // requests that may be sent twice. The error is etcd's, or that of ctx with what etcd said last.

@@ -89,7 +89,7 @@ const (
 	classCompacted
 	// classNoSpace: a write was refused for want of space, or, where the quota was crossed by this very
 	// request, applied (server/etcdserver/apply, applierV3 with quota). The answer proves that the request is
-	// not under way any more, so a read settles it.
+	// not under way any more, so a read settles it, and for a create the history.
 	classNoSpace
 )
 

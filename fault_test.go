@@ -803,7 +803,7 @@ func TestFault_NoQuorum(t *testing.T) {
 		}
 	}
 	// As if etcd had answered just now: else even these would read first, and nothing would be sent.
-	s.conn.heard.Store(time.Now().Add(time.Hour).UnixNano())
+	s.conn.heard.Store(int64(time.Hour))
 	for call, err := range map[string]error{
 		"Commit": s.CommitCtx(ctx, "a", []byte("after"), time.Now().Add(time.Hour)),
 		"Delete": s.DeleteCtx(ctx, "b"),

@@ -70,6 +70,54 @@ func TestIdentity_DeletedAndCreatedInOneFold(t *testing.T) {
 	}
 }
 
+// A commit and a delete end in one fold; then the request's next commit is folded behind a create by another. Neither session
+// has a revision yet by which to tell them apart.
+func TestIdentity_DeletedAndFoldedBehindACreate(t *testing.T) {
+	for _, stored := range []bool{true, false} {
+		t.Run(fmt.Sprint("stored ", stored), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, f := newFakeStore(t)
+				wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+				tx := Begin(t.Context())
+				alice := func(pairs ...any) func() error {
+					b := gobSession(t, time.Now().Add(time.Hour), fakePairs(append(pairs, "user", "alice")))
+					return func() error { return s.CommitCtx(tx, "a", b, time.Now().Add(time.Hour)) }
+				}
+				if stored {
+					wantErr(t, "create", alice()(), nil)
+				}
+				deleting := Begin(t.Context())
+				if _, ok, err := s.FindCtx(deleting, "a"); ok != stored || err != nil {
+					t.Fatal(ok, err)
+				}
+				release := stall(t, s, f)
+				calls := []func() error{started(alice("n", 1)), started(func() error { return s.DeleteCtx(deleting, "a") })}
+				release()
+				for i, call := range calls {
+					wantErr(t, fmt.Sprint("call ", i), call(), nil)
+				}
+				release = f.hold(isAttempt)
+				var block []func() error // fills the lane, so that the next two wait together
+				for i := range 16 {
+					block = append(block, started(committing(t, s, fmt.Sprint("y", i), time.Hour)))
+				}
+				bob := started(committing(t, s, "a", time.Hour, "bob", 1))
+				second := started(alice("n", 1, "secret", "alice's"))
+				release()
+				for _, b := range block {
+					wantErr(t, "block", b(), nil)
+				}
+				wantErr(t, "bob", bob(), nil)
+				wantErr(t, "alice", second(), ErrSessionGone)
+				b, _, err := s.Find("a")
+				if _, values, _ := (scs.GobCodec{}).Decode(b); err != nil || values["bob"] != 1 || len(values) != 1 {
+					t.Errorf("a is %v, %v", values, err)
+				}
+			})
+		})
+	}
+}
+
 // A commit whose answer was lost was applied, and the session deleted and created anew since: what the request knows is its
 // own session, not the one that is there.
 func TestIdentity_AppliedDeletedAndCreated(t *testing.T) {

@@ -84,6 +84,8 @@ type lease struct {
 	sessions int   // attached by this process, less those that it saw leave
 	revoking bool  // nothing is attached to it any more, whatever its fence
 	suspect  bool  // an attempt's outcome is unknown: the fence must move before the next attempt
+	// refencing says that this goes on in the background.
+	refencing bool
 }
 
 // seat is a session's place on a lease, with the fence that its Put compares.
@@ -308,10 +310,19 @@ func (p *leasePool) refence(ctx context.Context, s seat) error {
 
 // refenceLater has the fence moved when etcd is there again, after refence has run out of time.
 func (p *leasePool) refenceLater(s seat) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s.refencing {
+		return
+	}
+	s.refencing = true
 	p.detach(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), refenceFor)
 		defer cancel()
 		_ = p.refence(ctx, s) // else the lease stays suspect, until it is swept
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		s.refencing = false
 	})
 }
 

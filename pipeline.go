@@ -91,7 +91,7 @@ type transition interface {
 type state struct {
 	image *image // nil: there is no session
 	rev   int64  // its mod revision; 0 where a transition in the same fold made the image
-	born  int64  // the revision that created its key, which tells it from others under its token; 0 where a transition in the same fold made it
+	born  int64  // the revision that created its key, which tells it from others under its token; -1: not known yet
 	now   millis
 }
 
@@ -167,6 +167,13 @@ func (p *pipeline) do(ctx context.Context, deadline time.Time, o *op) error {
 		panic(o.panicked)
 	}
 	return o.err
+}
+
+// concerns reports whether something is on its way to a session, of a call that is over perhaps.
+func (p *pipeline) concerns(key string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.queues[key] != nil
 }
 
 // offer makes a queue ready if it has something to send and nothing in flight, and forgets it if it has neither.
@@ -318,7 +325,7 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 	a := &attempt{queue: q, base: newest(q.known, ops)}
 	now := p.now()
 	current := a.base.live(now)
-	cur := state{image: current, rev: a.base.rev, now: now}
+	cur := state{image: current, rev: a.base.rev, born: -1, now: now}
 	if current != nil {
 		cur.born = a.base.created
 	}
@@ -344,7 +351,7 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 		a.guard = o.guard
 		if o.err == nil && o.panicked == nil {
 			changed = true
-			deleted = o.made == nil && cur.image != nil
+			deleted = o.made == nil && (cur.image != nil || a.base.unreadable() != nil)
 			if o.made != cur.image {
 				cur.image, cur.rev = o.made, 0
 			}
@@ -395,6 +402,7 @@ func (p *pipeline) putBack(q *queue, ops []*op) {
 func (p *pipeline) expired(o *op) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	o.panicked = nil
 	p.finish(o, endedError(context.DeadlineExceeded, o.last))
 }
 
@@ -475,18 +483,31 @@ func (p *pipeline) dispatch(attempts []*attempt) {
 func (p *pipeline) seatAll(attempts []*attempt) {
 	seated := attempts[:0:0]
 	for _, a := range attempts {
+		if p.seatOne(a) {
+			seated = append(seated, a)
+		}
+	}
+	p.dispatch(seated)
+}
+
+// seatOne waits for a lease for a, in the time that its calls have. It reports whether there is something to send.
+func (p *pipeline) seatOne(a *attempt) bool {
+	for {
 		ctx, cancel := context.WithDeadline(context.Background(), a.firstDeadline())
 		s, err := p.leases.acquire(ctx, a.final.expiry)
+		ended := ctx.Err() != nil
 		cancel()
 		switch {
 		case err == nil:
 			a.sit(s)
-			seated = append(seated, a)
-		case !p.overdue(a, err):
+			return true
+		case p.overdue(a, err):
+			return false
+		case !ended:
 			p.fail(a, err)
+			return false
 		}
 	}
-	p.dispatch(seated)
 }
 
 // firstDeadline returns when the time of the first of a's calls is up.

@@ -1682,3 +1682,206 @@ func TestPipeline_PanickingCodec(t *testing.T) {
 		f.wantSession(t, "a", 2, "n", 0, "y", 1)
 	})
 }
+
+// A create that crossed the quota is applied, answered with ErrNoSpace, and deleted by another process: it is not made again.
+func TestPipeline_NoSpaceAppliedAndDeleted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		other := newFakeStoreOn(t, f)
+		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+		f.script(isAttempt, func(r *fakeRequest) error {
+			_ = r.apply()
+			wantErr(t, "another", other.Delete("a"), nil)
+			return rpctypes.ErrGRPCNoSpace
+		})
+		wantErr(t, "ours", committing(t, s, "a", time.Hour, "n", 1)(), nil)
+		f.wantSession(t, "a", 2)
+	})
+}
+
+// The same in a batch.
+func TestPipeline_NoSpaceBatchAppliedAndDeleted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		other := newFakeStoreOn(t, f)
+		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+		release := stall(t, s, f)
+		calls := []func() error{started(committing(t, s, "a", time.Hour, "n", 1)), started(committing(t, s, "b", time.Hour, "n", 1))}
+		f.script(isAttempt, func(r *fakeRequest) error {
+			_ = r.apply()
+			wantErr(t, "another", other.Delete("a"), nil)
+			return rpctypes.ErrGRPCNoSpace
+		})
+		release()
+		for i, call := range calls {
+			wantErr(t, fmt.Sprint("call ", i), call(), nil)
+		}
+		f.wantSession(t, "a", 2)
+		f.wantSession(t, "b", 1, "n", 1)
+	})
+}
+
+// A batch that crossed the quota has happened: no call of it is told that it has not, also not when its time is up.
+func TestPipeline_NoSpaceBatchTimeIsUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t, WithTimeout(300*time.Millisecond))
+		f.seed(t, "a", "n", 0)
+		f.seed(t, "b", "n", 0)
+		release := stall(t, s, f)
+		calls := []func() error{started(func() error { return s.Update(t.Context(), "a", increment) }), started(func() error { return s.Update(t.Context(), "b", increment) })}
+		f.script(isAttempt, func(r *fakeRequest) error {
+			_ = r.apply()
+			time.Sleep(301 * time.Millisecond)
+			return rpctypes.ErrGRPCNoSpace
+		})
+		release()
+		for i, call := range calls {
+			if err := call(); err != nil && !errors.Is(err, ErrOutcomeUnknown) {
+				t.Errorf("call %d, which has happened: %v", i, err)
+			}
+		}
+		f.wantSession(t, "a", 2, "n", 1)
+	})
+}
+
+// The calls of an attempt that waits for another lease, after a send with an unknown outcome, have their own time each.
+func TestPipeline_SeatlessTimeIsUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.intercept(func(r *fakeRequest) error {
+			if isGrant(r) {
+				<-r.done
+				return errFakeLost
+			}
+			return r.apply()
+		})
+		p := s.pipeline
+		q := &queue{key: fakePrefix + "a", busy: true, sent: true}
+		p.queues[q.key] = q
+		start := time.Now()
+		a := &attempt{queue: q, base: &version{rev: 5, asOf: 5, created: 5}, kind: writePut, unknown: true, final: imageOf(s.codec, nil, toMillis(start.Add(time.Hour)))}
+		for _, d := range []time.Duration{time.Second, 5 * time.Second} {
+			a.ops = append(a.ops, &op{key: q.key, change: remove{}, deadline: start.Add(d), done: make(chan struct{})})
+			p.busy.Add(1)
+		}
+		second := a.ops[1]
+		go p.seatAll([]*attempt{a})
+		<-second.done
+		if took := time.Since(start); took < 4*time.Second {
+			t.Errorf("the second call, with 5 s, is told after %v: %v", took, second.err)
+		}
+	})
+}
+
+// An attempt that gives up without having been applied leaves its seat on the lease.
+func TestPipeline_GivenUpLeavesItsSeat(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+		f.intercept(func(r *fakeRequest) error {
+			if isAttempt(r) {
+				return rpctypes.ErrGRPCNoLeader
+			}
+			return r.apply()
+		})
+		for i := range 10 {
+			err := committing(t, s, fmt.Sprint(i), time.Hour)()
+			if err == nil || errors.Is(err, ErrOutcomeUnknown) {
+				t.Error(err)
+			}
+		}
+		s.leases.mu.Lock()
+		n := s.leases.open[0].sessions
+		s.leases.mu.Unlock()
+		if n != 1 {
+			t.Errorf("%d seats are taken, of 1 session", n)
+		}
+	})
+}
+
+// A session that cannot be read is deleted, and another made under its token, in calls that wait together.
+func TestPipeline_DeletedUnreadable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		if _, err := f.Put(t.Context(), fakePrefix+"a", "rubbish"+recordMagic); err != nil {
+			t.Fatal(err)
+		}
+		release := stall(t, s, f)
+		del := started(func() error { return s.Delete("a") })
+		create := started(committing(t, s, "a", time.Hour, "n", 1))
+		release()
+		wantErr(t, "delete", del(), nil)
+		wantErr(t, "create", create(), nil)
+	})
+}
+
+// A delete comes after a create of the same process whose caller has left, though etcd does not have the session yet.
+func TestPipeline_DeleteAfterOwnCreate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+		release := f.hold(isAttempt)
+		ctx, cancel := context.WithCancel(Begin(t.Context()))
+		defer cancel()
+		b := gobSession(t, time.Now().Add(time.Hour), map[string]any{"user": "alice"})
+		create := started(func() error { return s.CommitCtx(ctx, "a", b, time.Now().Add(time.Hour)) })
+		cancel()
+		wantErr(t, "create", create(), ErrOutcomeUnknown)
+		del := started(func() error { return s.Delete("a") })
+		release()
+		wantErr(t, "delete", del(), nil)
+		time.Sleep(10 * time.Second)
+		if _, ok, _ := s.Find("a"); ok {
+			t.Error("it is there after the delete")
+		}
+	})
+}
+
+// A panic over a guess that nothing confirmed is not told.
+func TestPipeline_PanicOverAGuess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "a", "n", 0)
+		release := f.hold(isAttempt)
+		first := started(func() error { return s.Update(t.Context(), "a", increment) })
+		panicking := started(func() error {
+			return s.Update(t.Context(), "a", func(map[string]any) error { panic("over a guess") })
+		})
+		time.Sleep(2 * time.Second)
+		later := started(func() error { return s.Update(t.Context(), "a", increment) })
+		var n atomic.Int32
+		f.intercept(func(r *fakeRequest) error {
+			if isAttempt(r) && n.Add(1) > 1 {
+				return errFakeLost
+			}
+			return r.apply()
+		})
+		release()
+		wantErr(t, "first", first(), nil)
+		var p fakePanic
+		if err := panicking(); err == nil || errors.As(err, &p) {
+			t.Errorf("panicking: %v", err)
+		}
+		wantErr(t, "later", later(), ErrOutcomeUnknown)
+	})
+}
+
+// What was heard from etcd becomes old, and a process that has heard nothing knows nothing.
+func TestConn_Stale(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := &conn{made: time.Now()}
+		want := func(stale bool) {
+			t.Helper()
+			if c.stale() != stale {
+				t.Errorf("stale: %t", !stale)
+			}
+		}
+		want(true)
+		c.saw(&etcdserverpb.ResponseHeader{Revision: 1})
+		want(false)
+		time.Sleep(time.Second)
+		want(false)
+		time.Sleep(time.Millisecond)
+		want(true)
+	})
+}

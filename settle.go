@@ -70,7 +70,9 @@ func (p *pipeline) endCalls(a *attempt, which func(*op) bool, cause error) {
 	a.ops = slices.DeleteFunc(slices.Clone(a.ops), func(o *op) bool {
 		ends := which(o)
 		if ends {
-			p.finish(o, a.untold(o, cause))
+			cause := a.untold(o, cause)
+			o.panicked = nil
+			p.finish(o, cause)
 		}
 		return ends
 	})
@@ -256,7 +258,7 @@ func (p *pipeline) overtaken(a *attempt, current *version) {
 	case a.kind == writeDelete && current.rev == 0 && a.onlyDeletes():
 		p.settled(a, current) // it is not there, whoever did that
 	case a.kind == writePut && current.rev != 0 && current.id == a.record.id:
-		p.found(a, current)
+		p.found(a, current, current)
 	case a.kind == writePut && !a.mayPrecede(current):
 		p.requeue(a, current)
 	default:
@@ -282,10 +284,10 @@ func (a *attempt) mayPrecede(current *version) bool {
 	return current.created != a.base.created || current.nth != a.base.nth+1
 }
 
-// found settles an attempt whose write is the session's current version.
-func (p *pipeline) found(a *attempt, current *version) {
-	current.image = a.final // decoded, perhaps, and it is the one that ops compare
-	p.settled(a, current)
+// found settles an attempt whose write is a version of its session, and perhaps not the current one.
+func (p *pipeline) found(a *attempt, written, current *version) {
+	written.image = a.final // decoded, perhaps, and it is the one that ops compare
+	p.settledAs(a, written, current)
 }
 
 // trace settles an attempt by the session's history: has it been the version after the base?
@@ -296,8 +298,7 @@ func (p *pipeline) trace(a *attempt, current *version) {
 		a.unknown = true
 		p.giveUp(a, err)
 	case written != nil:
-		written.image = a.final
-		p.settledAs(a, written, current)
+		p.found(a, written, current)
 	default:
 		p.requeue(a, current)
 	}
@@ -377,7 +378,11 @@ func (p *pipeline) refused(batch []*attempt, err error) []*attempt {
 	case len(batch) > 1:
 		// One attempt can fail them all. Each alone is settled by its own answer.
 		for _, a := range batch {
-			go p.send([]*attempt{a})
+			if k == classNoSpace && !a.unknown {
+				go p.settleRefused(a, err, true)
+			} else {
+				go p.send([]*attempt{a})
+			}
 		}
 		return nil
 	}
@@ -394,7 +399,7 @@ func (p *pipeline) refusedAlone(a *attempt, err error) []*attempt {
 	case a.unknown:
 		return []*attempt{a} // this send was refused, an earlier one may yet be applied
 	case k == classNoSpace:
-		go p.settleRefused(a, err)
+		go p.settleRefused(a, err, false)
 	case k == classTooLarge:
 		p.fail(a, ErrTooLarge)
 	default:
@@ -426,7 +431,7 @@ func (p *pipeline) settleCreate(a *attempt) {
 
 // settleRefused settles an attempt that etcd has refused for want of space, which it also answers to the write that
 // crossed the quota. That send is over, so the key shows what became of it.
-func (p *pipeline) settleRefused(a *attempt, refusal error) {
+func (p *pipeline) settleRefused(a *attempt, refusal error, batched bool) {
 	current, err := p.read(a)
 	var written *version
 	if err == nil && current.rev == a.base.rev && current.rev == 0 { // created, and deleted since?
@@ -436,7 +441,11 @@ func (p *pipeline) settleRefused(a *attempt, refusal error) {
 	case err != nil:
 		a.unknown = true
 		p.giveUp(a, err)
-	case written == nil && current.rev == a.base.rev:
+	case written != nil:
+		p.found(a, written, current)
+	case current.rev == a.base.rev && batched:
+		p.send([]*attempt{a}) // a batch is refused for what one of it needs
+	case current.rev == a.base.rev:
 		p.fail(a, refusal)
 	default:
 		p.overtaken(a, current)
@@ -480,6 +489,9 @@ func (p *pipeline) giveUp(a *attempt, cause error) {
 		}
 		o.err, o.panicked = a.untold(o, cause), nil
 		ended = append(ended, o)
+	}
+	if !a.unknown {
+		p.leave(a)
 	}
 	p.putBack(a.queue, again)
 	a.ops = ended

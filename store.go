@@ -65,7 +65,7 @@ func NewWithPrefix(client *clientv3.Client, prefix string, opts ...Option) *Etcd
 func newStore(api etcd, client *clientv3.Client, prefix string, opts []Option) *EtcdStore {
 	e := &EtcdStore{
 		options: newOptions(opts), clock: clock{wall: time.Now},
-		prefix: prefix, client: client, conn: &conn{etcd: api},
+		prefix: prefix, client: client, conn: &conn{etcd: api, made: time.Now()},
 	}
 	e.leases = newLeasePool(e.conn, prefix+reserved+"lease/", e.wallTime, e.background.Go)
 	e.reader = newReader(e.conn, e.decodeVersion)
@@ -183,7 +183,7 @@ func (e *EtcdStore) DeleteCtx(ctx context.Context, token string) error {
 			if err != nil {
 				return err
 			}
-			if v.rev == 0 {
+			if v.rev == 0 && !e.pipeline.concerns(o.key) {
 				t.wrote(k, read{})
 				return nil
 			}
@@ -203,7 +203,11 @@ func (e *EtcdStore) All() (map[string][]byte, error) {
 }
 
 // AllCtx returns the data of all sessions by token, as they were at one moment of the call. It reads them in pages, but
-// holds all of them in memory.
+// holds all of them in memory. Sessions that cannot be read are left out.
+//
+// In a transaction, what it returns may be committed and deleted as what FindCtx has returned. A session that the transaction
+// had read before it has two copies of then: a commit of either is merged from what was read first, and so a key that the
+// transaction commits twice conflicts with itself. A listing in a transaction of its own (see [Begin]) does not do that.
 func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 	var all map[string][]byte
 	err := e.call(ctx, "list", func(deadline time.Time) error {

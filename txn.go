@@ -144,7 +144,7 @@ func (t *transaction) noteListed(k readKey, r read) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if own, ok := t.reads[k]; ok {
+	if own, ok := t.reads[k]; ok && t.lost[k] == nil {
 		r, r.copied = own, true
 	}
 	t.reads[k] = r
@@ -218,7 +218,7 @@ func (c *commit) next(cur state) (*image, error) {
 		return c.ours, nil
 	case cur.image == nil, c.reborn(cur):
 		return nil, ErrSessionGone
-	case cur.rev != 0 && cur.rev == c.base.rev:
+	case c.base.image != nil && cur.rev != 0 && cur.rev == c.base.rev:
 		return c.ours, nil
 	}
 	return c.merged(cur.image)
@@ -356,8 +356,8 @@ func (e *EtcdStore) Update(ctx context.Context, token string, fn func(values map
 			if err != nil {
 				return err
 			}
-			if read.err == errFormat { //nolint:errorlint // never wrapped here
-				return errFormat
+			if err := read.unreadable(); err != nil {
+				return err
 			}
 			hint, err := e.withExpiry(ctx, deadline, read)
 			if err != nil {
