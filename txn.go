@@ -144,7 +144,7 @@ func (t *transaction) noteListed(k readKey, r read) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if own, ok := t.reads[k]; ok && t.lost[k] == nil {
+	if own, ok := t.reads[k]; ok {
 		r, r.copied = own, true
 	}
 	t.reads[k] = r
