@@ -15,9 +15,9 @@ import (
 // Invariant: a Get is sent after all callers that share it have asked, so that each of them gets a linearizable
 // read. Callers that come while it is in flight make the next one.
 //
-// The Txn is flat, since etcd answers that without Raft; it would propose a nested one. It may be sent twice, so
-// errors other than definite ones are tried again until the callers' time is up: the client does that for a
-// plain Get, but not for a Txn.
+// The Txn is flat, since etcd answers that without Raft; it would propose a nested one. A lone key is a plain Get, which
+// costs the server less. Both may be sent twice, so errors other than definite ones are tried again until the callers'
+// time is up: the client does that for a Get, but not for a Txn.
 type reader struct {
 	conn   *conn
 	decode func(kvs []*mvccpb.KeyValue, asOf int64) *version
@@ -101,20 +101,26 @@ func (r *reader) read(batch []*find) {
 			deadline = f.deadline
 		}
 	}
+	request := gets[0]
+	if len(batch) > 1 {
+		request = clientv3.OpTxn(nil, gets, nil)
+	}
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
-	var resp *clientv3.TxnResponse
-	err := retry(ctx, func(ctx context.Context) error {
+	var resp clientv3.OpResponse
+	err := retry(ctx, func(ctx context.Context) (err error) {
 		start := time.Now()
-		answer, err := r.conn.do(ctx, clientv3.OpTxn(nil, gets, nil))
-		resp = answer.Txn()
+		resp, err = r.conn.do(ctx, request)
 		r.heard(batch, start, err)
 		return err
 	})
 	switch {
+	case err == nil && len(batch) == 1:
+		batch[0].version = r.decode(resp.Get().Kvs, resp.Get().Header.Revision)
+		r.settle(batch[0], nil)
 	case err == nil:
 		for i, f := range batch {
-			f.version = r.decode(resp.Responses[i].GetResponseRange().Kvs, resp.Header.Revision)
+			f.version = r.decode(resp.Txn().Responses[i].GetResponseRange().Kvs, resp.Txn().Header.Revision)
 			r.settle(f, nil)
 		}
 	case len(batch) > 1 && ctx.Err() == nil:

@@ -14,7 +14,11 @@ import (
 )
 
 // fakeReads returns the tokens that a request reads, nil if it is no request of a reader.
-func fakeReads(r *etcdserverpb.TxnRequest) (tokens []string) {
+func fakeReads(msg any) (tokens []string) {
+	if get, ok := msg.(*etcdserverpb.RangeRequest); ok && len(get.RangeEnd) == 0 {
+		return []string{string(get.Key[len(fakePrefix):])}
+	}
+	r, _ := msg.(*etcdserverpb.TxnRequest)
 	for _, op := range r.GetSuccess() {
 		get := op.GetRequestRange()
 		if get == nil || len(r.Compare) > 0 {
@@ -26,12 +30,12 @@ func fakeReads(r *etcdserverpb.TxnRequest) (tokens []string) {
 }
 
 // isRead reports whether a request is a reader's.
-func isRead(r *fakeRequest) bool { return len(fakeReads(r.txn())) > 0 }
+func isRead(r *fakeRequest) bool { return len(fakeReads(r.msg)) > 0 }
 
 // reads returns the tokens of each read since the last call.
 func (f *fakeEtcd) reads() (reads [][]string) {
-	for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
-		if tokens := fakeReads(txn); tokens != nil {
+	for _, msg := range fakeSent[any](f) {
+		if tokens := fakeReads(msg); tokens != nil {
 			reads = append(reads, tokens)
 		}
 	}
@@ -239,7 +243,7 @@ func TestReader_ContextsEnd(t *testing.T) {
 		one, two, three := finding(t, short, s, "a"), finding(t, cancelled, s, "a"), finding(t, t.Context(), s, "a")
 		cancelNow()
 		wantFind(t, "the cancelled one", two, nil, context.Canceled)
-		f.script(func(r *fakeRequest) bool { return slices.Contains(fakeReads(r.txn()), "a") },
+		f.script(func(r *fakeRequest) bool { return slices.Contains(fakeReads(r.msg), "a") },
 			slices.Repeat([]func(*fakeRequest) error{fakeAnswer(rpctypes.ErrGRPCNoLeader)}, 12)...) // for more than a second
 		release()
 		_, err := one()
