@@ -505,8 +505,7 @@ func Example_movingOver() {
 	defer store.Close()
 	mover := etcdstore.New(client, etcdstore.WithIsolation(etcdstore.Serializable))
 	defer mover.Close()
-	old := memstore.New() // or redisstore.New(pool)
-	defer old.StopCleanup()
+	old := memstore.NewWithCleanupInterval(0) // or redisstore.New(pool)
 
 	sessionManager := scs.New()
 	sessionManager.Store = old

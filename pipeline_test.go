@@ -1570,7 +1570,7 @@ func TestPipeline_TimeIsUp(t *testing.T) {
 			}
 			return r.apply()
 		})
-		timed := func() func() (error, time.Duration) {
+		timed := func() func() (time.Duration, error) {
 			start := time.Now()
 			var took time.Duration
 			result := started(func() error {
@@ -1578,15 +1578,18 @@ func TestPipeline_TimeIsUp(t *testing.T) {
 				took = time.Since(start)
 				return err
 			})
-			return func() (error, time.Duration) { return result(), took }
+			return func() (time.Duration, error) {
+				err := result()
+				return took, err
+			}
 		}
-		calls := []func() (error, time.Duration){timed()}
+		calls := []func() (time.Duration, error){timed()}
 		for _, pause := range []time.Duration{600 * time.Millisecond, 4300 * time.Millisecond} {
 			time.Sleep(pause)
 			calls = append(calls, timed())
 		}
 		for i, call := range calls {
-			if err, took := call(); !unavailable(err) || took < s.timeout || took > s.timeout+2*attemptTimeout {
+			if took, err := call(); !unavailable(err) || took < s.timeout || took > s.timeout+2*attemptTimeout {
 				t.Errorf("call %d: %v after %v", i, err, took)
 			}
 		}
