@@ -33,8 +33,8 @@ func TestLane_Kick(t *testing.T) {
 		"64 in flight, all stuck":               {lane{counted: 0, total: 64}, 1, 1},
 		"as fast as ever, 15 in flight":         {lane{average: ms, least: [2]time.Duration{ms}, counted: 15, total: 15}, 5, 1},
 		"as fast as ever, 16 in flight":         {lane{average: ms, least: [2]time.Duration{ms}, counted: 16, total: 16}, 5, 0},
-		"half as fast, 7 in flight":             {lane{average: 2 * ms, least: [2]time.Duration{ms}, counted: 7, total: 7}, 5, 1},
-		"half as fast, 8 in flight":             {lane{average: 2 * ms, least: [2]time.Duration{ms}, counted: 8, total: 8}, 5, 0},
+		"half as fast, 3 in flight":             {lane{average: 2 * ms, least: [2]time.Duration{ms}, counted: 3, total: 3}, 5, 1},
+		"half as fast, 4 in flight":             {lane{average: 2 * ms, least: [2]time.Duration{ms}, counted: 4, total: 4}, 5, 0},
 		"far slower, 1 in flight":               {lane{average: 99 * ms, least: [2]time.Duration{ms}, counted: 1, total: 1}, 5, 0},
 		"far slower, nothing waits":             {lane{average: 99 * ms, least: [2]time.Duration{ms}}, 0, 0},
 		"as fast as ever, nothing waits":        {lane{average: ms, least: [2]time.Duration{ms}}, 0, 0},
@@ -82,11 +82,11 @@ func TestLane_Limit(t *testing.T) {
 		{[2]time.Duration{10, 0}, 10, 16},
 		{[2]time.Duration{10, 0}, 9, 16}, // the average lags behind
 		{[2]time.Duration{0, 10}, 10, 16},
-		{[2]time.Duration{10, 5}, 10, 8},
-		{[2]time.Duration{5, 10}, 10, 8},
-		{[2]time.Duration{10, 0}, 15, 10},
-		{[2]time.Duration{10, 0}, 80, 2},
-		{[2]time.Duration{10, 0}, 81, 1},
+		{[2]time.Duration{10, 5}, 10, 4},
+		{[2]time.Duration{5, 10}, 10, 4},
+		{[2]time.Duration{10, 0}, 15, 7},
+		{[2]time.Duration{10, 0}, 28, 2},
+		{[2]time.Duration{10, 0}, 29, 1},
 		{[2]time.Duration{10, 0}, 1000, 1},
 	} {
 		l := lane{least: c.least, average: c.average}
@@ -114,10 +114,10 @@ func TestLane_Observe(t *testing.T) {
 	}
 	observe(1, 8*time.Millisecond, 16)
 	observe(150, time.Millisecond, 16)
-	observe(1, 2*time.Millisecond, 14) // a single one hardly counts
-	observe(50, 2*time.Millisecond, 8)
-	observe(50, 100*time.Millisecond, 2)
-	observe(700, 2*time.Millisecond, 8) // 7 s: the least is still known from the epoch before
+	observe(1, 2*time.Millisecond, 13) // a single one hardly counts
+	observe(50, 2*time.Millisecond, 4)
+	observe(50, 100*time.Millisecond, 1)
+	observe(700, 2*time.Millisecond, 4) // 7 s: the least is still known from the epoch before
 	observe(600, 2*time.Millisecond, 16)
 	now = now.Add(time.Hour)
 	observe(1, 2*time.Millisecond, 16)
