@@ -31,8 +31,8 @@ const (
 //     member does not hold up what another would answer.
 //
 // Rejected: the ratio without the square (a fifth to a third more processor time for a commit at 16 to 64 callers on a
-// machine that is shared with etcd); a fixed N (from 1 to 4: up to 1.6 times slower, each in another setting), a timer that collects
-// company (adds its period to every lone call), and a standing pool of workers (idle goroutines).
+// machine that is shared with etcd), a fixed N (from 1 to 4: up to 1.6 times slower, each in another setting), a timer
+// that collects company (adds its period to every lone call), and a standing pool of workers (idle goroutines).
 //
 // A lane has no goroutine of its own: a worker carries one batch and ends. Its fields, and all its methods, are
 // guarded by the mutex of the queue that it belongs to.

@@ -30,6 +30,13 @@ func TestIdentity_CreatedOverExpired(t *testing.T) {
 	})
 }
 
+// alices returns a commit of alice's session under the token a, in her transaction.
+func alices(t *testing.T, tx context.Context, s *EtcdStore, pairs ...any) func() error {
+	t.Helper()
+	b := gobSession(t, time.Now().Add(time.Hour), fakePairs(append(pairs, "user", "alice")))
+	return func() error { return s.CommitCtx(tx, "a", b, time.Now().Add(time.Hour)) }
+}
+
 // A session is deleted and another made under its token in one fold, whether etcd has ever held the first or not.
 func TestIdentity_DeletedAndCreatedInOneFold(t *testing.T) {
 	for _, stored := range []bool{true, false} {
@@ -38,13 +45,9 @@ func TestIdentity_DeletedAndCreatedInOneFold(t *testing.T) {
 				s, f := newFakeStore(t)
 				wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
 				tx := Begin(t.Context())
-				alice := func(pairs map[string]any) func() error {
-					pairs["user"] = "alice"
-					b := gobSession(t, time.Now().Add(time.Hour), pairs)
-					return func() error { return s.CommitCtx(tx, "a", b, time.Now().Add(time.Hour)) }
-				}
+				alice := func(pairs ...any) func() error { return alices(t, tx, s, pairs...) }
 				if stored {
-					wantErr(t, "create", alice(map[string]any{})(), nil)
+					wantErr(t, "create", alice()(), nil)
 				}
 				deleting := Begin(t.Context())
 				if _, ok, err := s.FindCtx(deleting, "a"); ok != stored || err != nil {
@@ -52,7 +55,7 @@ func TestIdentity_DeletedAndCreatedInOneFold(t *testing.T) {
 				}
 				stalled := stall(t, s, f)
 				calls := []func() error{
-					started(alice(map[string]any{"n": 1})),
+					started(alice("n", 1)),
 					started(func() error { return s.DeleteCtx(deleting, "a") }),
 					started(committing(t, s, "a", time.Hour, "user", "bob")),
 				}
@@ -60,7 +63,7 @@ func TestIdentity_DeletedAndCreatedInOneFold(t *testing.T) {
 				for i, call := range calls {
 					wantErr(t, fmt.Sprint("call ", i), call(), nil)
 				}
-				wantErr(t, "commit of the deleted one", alice(map[string]any{"n": 1, "secret": "alice's"})(), ErrSessionGone)
+				wantErr(t, "commit of the deleted one", alice("n", 1, "secret", "alice's")(), ErrSessionGone)
 				b, ok, err := s.Find("a")
 				if _, values, _ := (scs.GobCodec{}).Decode(b); !ok || err != nil || values["user"] != "bob" || len(values) != 1 {
 					t.Errorf("a is %v, %v, %v", values, ok, err)
@@ -79,10 +82,7 @@ func TestIdentity_DeletedAndFoldedBehindACreate(t *testing.T) {
 				s, f := newFakeStore(t)
 				wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
 				tx := Begin(t.Context())
-				alice := func(pairs ...any) func() error {
-					b := gobSession(t, time.Now().Add(time.Hour), fakePairs(append(pairs, "user", "alice")))
-					return func() error { return s.CommitCtx(tx, "a", b, time.Now().Add(time.Hour)) }
-				}
+				alice := func(pairs ...any) func() error { return alices(t, tx, s, pairs...) }
 				if stored {
 					wantErr(t, "create", alice()(), nil)
 				}

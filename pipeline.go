@@ -91,8 +91,10 @@ type transition interface {
 type state struct {
 	image *image // nil: there is no session
 	rev   int64  // its mod revision; 0 where a transition in the same fold made the image
-	born  int64  // the revision that created its key, which tells it from others under its token; -1: not known yet
 	now   millis
+
+	// The revision that created its key, which tells it from others under its token; -1: not known yet.
+	born int64
 }
 
 // guard is a condition besides the session's revision on which a transition may take effect.
@@ -402,8 +404,16 @@ func (p *pipeline) putBack(q *queue, ops []*op) {
 func (p *pipeline) expired(o *op) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.abandon(o, endedError(context.DeadlineExceeded, o.last))
+}
+
+// abandon is finish for an op of which it is not known what its transition would have come to: one that panicked has
+// perhaps done so over a state that never was.
+//
+// REQUIRES: mu is held.
+func (p *pipeline) abandon(o *op, err error) {
 	o.panicked = nil
-	p.finish(o, endedError(context.DeadlineExceeded, o.last))
+	p.finish(o, err)
 }
 
 // finish tells o's caller what came of it.

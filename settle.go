@@ -70,9 +70,7 @@ func (p *pipeline) endCalls(a *attempt, which func(*op) bool, cause error) {
 	a.ops = slices.DeleteFunc(slices.Clone(a.ops), func(o *op) bool {
 		ends := which(o)
 		if ends {
-			cause := a.untold(o, cause)
-			o.panicked = nil
-			p.finish(o, cause)
+			p.abandon(o, a.untold(o, cause))
 		}
 		return ends
 	})
