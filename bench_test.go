@@ -9,17 +9,20 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 func BenchmarkRecord_Encode(b *testing.B) {
 	for _, size := range []int{256, 4 << 10, 64 << 10} {
 		b.Run(fmt.Sprintf("bytes=%d", size), func(b *testing.B) {
-			r := record{payload: make([]byte, size), prefixLen: 12, expiry: 1, leaseEnd: 2, id: newWriteID()}
+			r := record.Record{Payload: make([]byte, size), PrefixLen: 12, Expiry: 1, LeaseEnd: 2, ID: record.NewWriteID()}
 			b.ReportAllocs()
 			b.SetBytes(int64(size))
 			for b.Loop() {
-				r.encode()
+				r.Encode()
 			}
 		})
 	}
@@ -28,12 +31,12 @@ func BenchmarkRecord_Encode(b *testing.B) {
 func BenchmarkRecord_Decode(b *testing.B) {
 	for _, size := range []int{256, 4 << 10, 64 << 10} {
 		b.Run(fmt.Sprintf("bytes=%d", size), func(b *testing.B) {
-			r := record{payload: make([]byte, size), prefixLen: 12, expiry: 1, leaseEnd: 2, id: newWriteID()}
-			value := r.encode()
+			r := record.Record{Payload: make([]byte, size), PrefixLen: 12, Expiry: 1, LeaseEnd: 2, ID: record.NewWriteID()}
+			value := r.Encode()
 			b.ReportAllocs()
 			b.SetBytes(int64(size))
 			for b.Loop() {
-				if _, kind := decodeRecord(value); kind != kindRecord {
+				if _, kind := record.Decode(value); kind != record.KindRecord {
 					b.Fatal("no record")
 				}
 			}
@@ -129,7 +132,7 @@ func BenchmarkPipeline_Do(b *testing.B) {
 				defer func() { _ = store.Close() }()
 				ctx, cancel := context.WithTimeout(b.Context(), time.Hour)
 				defer cancel()
-				ours := gobImage(b, tenKeys(), toMillis(time.Now().Add(time.Hour)))
+				ours := gobImage(b, tenKeys(), record.ToMillis(time.Now().Add(time.Hour)))
 				var next atomic.Int64
 				b.ReportAllocs()
 				b.ResetTimer()

@@ -3,8 +3,6 @@ package etcdstore
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -24,82 +22,8 @@ func newWallStore(t *testing.T) (*EtcdStore, *testWall, *clientv3.Client) {
 	t.Helper()
 	s, cli := newTestStore(t)
 	w := new(testWall)
-	s.wall = w.now
+	s.clock.Wall = w.now
 	return s, w, cli
-}
-
-func TestClock_Steps(t *testing.T) {
-	const slack = millis(time.Minute / time.Millisecond)
-	start := toMillis(time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
-	for _, tc := range []struct {
-		name       string
-		wall, want []millis // from start
-	}{
-		{"stands", []millis{0, 0, 0}, []millis{0, 0, 0}},
-		{"goes", []millis{0, 1, 1000, 5000}, []millis{0, 1, 1000, 5000}},
-		{"ahead by a day", []millis{0, 86_400_000}, []millis{0, 86_400_000}},
-		{"a little back", []millis{1000, 999, 0, 999, 1000, 1001}, []millis{1000, 1000, 1000, 1000, 1000, 1001}},
-		{"a minute back", []millis{slack, 0, 1, slack - 1, slack + 1}, []millis{slack, slack, slack, slack, slack + 1}},
-		{"further back", []millis{slack + 1, 0, 1}, []millis{slack + 1, 0, 1}},
-		{"a day ahead, and right again", []millis{0, 86_400_000, 5, 4, 6}, []millis{0, 86_400_000, 5, 5, 6}},
-		// What counts is how far the wall clock lags, not how far it went in one step.
-		{"further back in small steps", []millis{slack, slack / 2, 0, -1, 0}, []millis{slack, slack, slack, -1, 0}},
-		{"the ends of time", []millis{forever - start, -start, 0}, []millis{forever - start, -start, 0}},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			var at millis
-			c := clock{wall: func() time.Time { return time.UnixMilli(int64(start + at)) }}
-			for i := range tc.wall {
-				at = tc.wall[i]
-				if got := c.now() - start; got != tc.want[i] {
-					t.Errorf("reading %d, at %d: now = %d, want %d", i, at, got, tc.want[i])
-				}
-			}
-		})
-	}
-}
-
-// A goroutine that read the wall clock and then did not run for long sets nobody's clock back.
-func TestClock_StaleReading(t *testing.T) {
-	start := time.Now()
-	var c clock
-	c.wall = func() time.Time {
-		c.wall = func() time.Time { return start.Add(time.Hour) }
-		c.now()
-		return start
-	}
-	if got, want := c.now(), toMillis(start.Add(time.Hour)); got != want {
-		t.Errorf("now = %v before another's now", time.Duration(want-got)*time.Millisecond)
-	}
-}
-
-// Goroutines that read a wall clock which jumps about by less than a minute see one clock that does not go back.
-func TestClock_Concurrent(t *testing.T) {
-	start := time.Now()
-	var ticks, seen atomic.Int64
-	c := clock{wall: func() time.Time {
-		return start.Add(time.Duration(ticks.Add(1))*time.Millisecond - rand.N(clockSlack))
-	}}
-	var wg sync.WaitGroup
-	for range 8 {
-		wg.Go(func() {
-			for range 5000 {
-				before := seen.Load() // what some goroutine was told before this one asks
-				now := int64(c.now())
-				if now < before {
-					t.Errorf("the clock went back by %d ms", before-now)
-					return
-				}
-				for s := seen.Load(); now > s; s = seen.Load() {
-					seen.CompareAndSwap(s, now)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	if total := toMillis(start.Add(time.Duration(ticks.Load()) * time.Millisecond)); millis(seen.Load()) < total-5000 {
-		t.Errorf("the clock stands %d ms behind", total-millis(seen.Load()))
-	}
 }
 
 // pair returns what etcd holds of a session.

@@ -18,6 +18,9 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -699,7 +702,7 @@ func TestFault_RunWithoutWriteIDs(t *testing.T) {
 	for _, s := range run.stores {
 		s.pipeline.decode = func(kvs []*mvccpb.KeyValue, asOf int64) *version {
 			v := s.decodeVersion(kvs, asOf)
-			v.id = writeID{}
+			v.id = record.WriteID{}
 			return v
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"maps"
 	"math/rand/v2"
 	"net/http"
@@ -20,6 +21,9 @@ import (
 	"time"
 
 	"github.com/alexedwards/scs/v2"
+
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
@@ -38,11 +42,19 @@ func (f *fakeEtcd) keys() map[string]int64 {
 	return keys
 }
 
+// seal completes a trailer as every version of the format has it: its length, the checksum, the magic.
+func seal(payload, fields []byte) []byte {
+	b := slices.Concat(payload, fields)
+	b = binary.BigEndian.AppendUint16(b, uint16(len(fields)+14))
+	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+	return append(b, record.Magic...)
+}
+
 // hostileValue makes what may lie in etcd: bytes of any kind, a trailer that is whole with any fields, and a record of
 // which a byte was changed, or the end was cut off.
 func hostileValue(data, fields []byte, how byte, at uint16) []byte {
-	r := record{payload: data, prefixLen: len(fakePrefix), expiry: forever, id: sampleID}
-	value := r.encode()
+	r := record.Record{Payload: data, PrefixLen: len(fakePrefix), Expiry: record.Forever, ID: record.WriteID{1, 2, 3}}
+	value := r.Encode()
 	switch how % 4 {
 	case 0:
 		return data
@@ -57,8 +69,8 @@ func hostileValue(data, fields []byte, how byte, at uint16) []byte {
 
 // served says what value is under a token of scs's: the session that it holds at a time, if it does, and whether it is
 // another store's.
-func served(value []byte, now millis) (payload []byte, ok, foreign bool) {
-	if !bytes.HasSuffix(value, []byte(recordMagic)) {
+func served(value []byte, now record.Millis) (payload []byte, ok, foreign bool) {
+	if !bytes.HasSuffix(value, []byte(record.Magic)) {
 		return value, true, false
 	}
 	start := len(value) - 51
@@ -69,7 +81,7 @@ func served(value []byte, now millis) (payload []byte, ok, foreign bool) {
 	if fields[0] != 1 || !bytes.Equal(seal(value[:start], fields), value) {
 		return nil, false, false
 	}
-	expiry := millis(binary.BigEndian.Uint64(fields[5:]))
+	expiry := record.Millis(binary.BigEndian.Uint64(fields[5:]))
 	foreign = binary.BigEndian.Uint32(fields[1:]) != uint32(len(fakePrefix))
 	return value[:start], !foreign && (expiry == 0 || expiry > now), foreign
 }
@@ -78,9 +90,11 @@ func served(value []byte, now millis) (payload []byte, ok, foreign bool) {
 // fail and write nothing.
 func FuzzStoredValue(f *testing.F) {
 	session := gobSession(f, time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC), map[string]any{"n": 1, "s": "text"})
-	whole := sampleRecord()
-	whole.payload, whole.prefixLen = session, len(fakePrefix)
-	fields := whole.encode()[len(session) : len(session)+37]
+	whole := record.Record{
+		Payload: session, PrefixLen: len(fakePrefix),
+		Expiry: 0x0123456789abcdef, LeaseEnd: 0x1122334455667788, ID: record.WriteID{1, 2, 3},
+	}
+	fields := whole.Encode()[len(session) : len(session)+37]
 	changed := func(at int, b byte) []byte {
 		c := bytes.Clone(fields)
 		c[at] = b
@@ -92,9 +106,9 @@ func FuzzStoredValue(f *testing.F) {
 		f.Add(session, changed(0, 2), how, uint16(len(session)-1)) // a newer version; damage in the payload
 		f.Add(session, changed(4, 9), how, uint16(len(session)+3)) // another prefix; damage in the trailer
 		f.Add(session, changed(5, 0xff), how, uint16(60))          // expired
-		f.Add(whole.encode(), fields[:20], how, uint16(14))
+		f.Add(whole.Encode(), fields[:20], how, uint16(14))
 	}
-	f.Add([]byte(recordMagic), fields, byte(0), uint16(0))
+	f.Add([]byte(record.Magic), fields, byte(0), uint16(0))
 	f.Fuzz(func(t *testing.T, data, fields []byte, how byte, at uint16) {
 		synctest.Test(t, func(t *testing.T) {
 			s, etcd := newFakeStore(t)
@@ -108,7 +122,7 @@ func FuzzStoredValue(f *testing.F) {
 				}
 				return etcd.keys()[key]
 			}
-			payload, ok, foreign := served(value, s.now())
+			payload, ok, foreign := served(value, s.clock.Now())
 			_, values, decodeErr := scs.GobCodec{}.Decode(payload)
 
 			rev := put()
@@ -181,8 +195,8 @@ func (f *fakeEtcd) neighbours(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	inner := record{payload: session("inner"), prefixLen: len(fakePrefix) + 2, expiry: forever}
-	for key, value := range map[string][]byte{"1:inner": inner.encode(), "1:bare": session("inner")} {
+	inner := record.Record{Payload: session("inner"), PrefixLen: len(fakePrefix) + 2, Expiry: record.Forever}
+	for key, value := range map[string][]byte{"1:inner": inner.Encode(), "1:bare": session("inner")} {
 		if _, err := f.Put(t.Context(), fakePrefix+key, string(value)); err != nil {
 			t.Fatal(err)
 		}
@@ -198,7 +212,7 @@ func FuzzToken(f *testing.F) {
 	} {
 		f.Add(token, []byte("data"))
 	}
-	f.Add("a", []byte(recordMagic))
+	f.Add("a", []byte(record.Magic))
 	f.Fuzz(func(t *testing.T, token string, data []byte) {
 		synctest.Test(t, func(t *testing.T) {
 			s, etcd := newFakeStore(t)

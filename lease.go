@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -55,7 +57,7 @@ const (
 type leasePool struct {
 	conn   *conn
 	prefix string // of the leases' keys
-	now    func() millis
+	now    func() record.Millis
 	detach func(func()) // runs in a goroutine that Close waits for
 
 	// unchecked says that authentication is off, as of the latest grant: then a Put that names its key's lease is
@@ -73,9 +75,9 @@ type leasePool struct {
 type lease struct {
 	id    clientv3.LeaseID
 	key   string
-	until millis // it lasts until then at least
-	since millis // it was granted then
-	opens millis // it is attached to until then
+	until record.Millis // it lasts until then at least
+	since record.Millis // it was granted then
+	opens record.Millis // it is attached to until then
 
 	moving sync.Mutex // held while the fence is being moved: once is enough for all who need it
 
@@ -100,16 +102,16 @@ type grant struct {
 	err  error
 }
 
-func newLeasePool(c *conn, prefix string, now func() millis, detach func(func())) *leasePool {
+func newLeasePool(c *conn, prefix string, now func() record.Millis, detach func(func())) *leasePool {
 	return &leasePool{conn: c, prefix: prefix, now: now, detach: detach, byID: make(map[clientv3.LeaseID]*lease)}
 }
 
 // leased returns the expiry that a lease has to cover for a session that expires at e.
-func leased(e, now millis) millis { return min(e, now.plus(leaseMax)) }
+func leased(e, now record.Millis) record.Millis { return min(e, now.Plus(leaseMax)) }
 
 // attach returns a seat on an open lease for a session that expires at e. It reports false where there is none;
 // acquire waits for one.
-func (p *leasePool) attach(e millis) (seat, bool) {
+func (p *leasePool) attach(e record.Millis) (seat, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := p.now()
@@ -136,18 +138,18 @@ func (p *leasePool) keep(id clientv3.LeaseID) clientv3.OpOption {
 // covers reports whether a session that expires at e may keep a lease that is said to last until then. One that outlasts the
 // session by more than it has left, as no session is attached to, was perhaps granted by a machine whose clock was ahead,
 // and ends earlier.
-func (p *leasePool) covers(until, e, now millis) bool {
+func (p *leasePool) covers(until, e, now record.Millis) bool {
 	e = leased(e, now)
-	return e <= until && until <= e.plus(max(e.since(now), 2*time.Second))
+	return e <= until && until <= e.Plus(max(e.Since(now), 2*time.Second))
 }
 
 // fitting returns the oldest lease that a session may attach to, and how many seats such leases have.
 //
 // REQUIRES: mu is held.
-func (p *leasePool) fitting(e, now millis) (first *lease, free int) {
+func (p *leasePool) fitting(e, now record.Millis) (first *lease, free int) {
 	e = leased(e, now)
-	left := e.since(now)
-	from, to := e.plus(left/16), e.plus(max(left, 2*time.Second))
+	left := e.Since(now)
+	from, to := e.Plus(left/16), e.Plus(max(left, 2*time.Second))
 	for _, l := range p.open {
 		if l.until < from || l.until > to || l.suspect || l.sessions >= leaseSeats {
 			continue
@@ -163,7 +165,7 @@ func (p *leasePool) fitting(e, now millis) (first *lease, free int) {
 // retire closes the leases that nothing will be attached to.
 //
 // REQUIRES: mu is held.
-func (p *leasePool) retire(now millis) {
+func (p *leasePool) retire(now record.Millis) {
 	p.open = slices.DeleteFunc(p.open, func(l *lease) bool {
 		// Where the clock has been set back since, the lease ends earlier than its until says.
 		over := l.sessions >= leaseSeats || l.opens <= now || now < l.since
@@ -175,7 +177,7 @@ func (p *leasePool) retire(now millis) {
 }
 
 // acquire returns a seat for a session that expires at e, waiting for a lease where none is open.
-func (p *leasePool) acquire(ctx context.Context, e millis) (seat, error) {
+func (p *leasePool) acquire(ctx context.Context, e record.Millis) (seat, error) {
 	for b := (backoff{}); ; {
 		if s, ok := p.attach(e); ok {
 			return s, nil
@@ -202,16 +204,16 @@ func (p *leasePool) acquire(ctx context.Context, e millis) (seat, error) {
 // and made outside of the mutex.
 //
 // REQUIRES: mu is held.
-func (p *leasePool) grantFor(e, now millis) *grant {
+func (p *leasePool) grantFor(e, now record.Millis) *grant {
 	if p.grant != nil {
 		return p.grant
 	}
 	g := &grant{done: make(chan struct{})}
 	p.grant = g
 	e = leased(e, now)
-	left := e.since(now)
+	left := e.Since(now)
 	p.detach(func() {
-		l, err := p.newLease(now, left, e.plus(max(left/4, time.Second)))
+		l, err := p.newLease(now, left, e.Plus(max(left/4, time.Second)))
 		p.mu.Lock()
 		if err == nil {
 			p.open = append(p.open, l)
@@ -226,11 +228,11 @@ func (p *leasePool) grantFor(e, now millis) *grant {
 }
 
 // newLease grants a lease that lasts until then at least, and puts its key.
-func (p *leasePool) newLease(now millis, left time.Duration, until millis) (*lease, error) {
+func (p *leasePool) newLease(now record.Millis, left time.Duration, until record.Millis) (*lease, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*attemptTimeout)
 	defer cancel()
 	margin := time.Second + left/16 // for clocks that differ between machines
-	ttl := (until.plus(margin).since(now) + time.Second - 1) / time.Second
+	ttl := (until.Plus(margin).Since(now) + time.Second - 1) / time.Second
 	resp, err := p.conn.Grant(ctx, int64(ttl))
 	if err != nil {
 		return nil, clientv3.ContextError(ctx, err)
@@ -241,7 +243,7 @@ func (p *leasePool) newLease(now millis, left time.Duration, until millis) (*lea
 		key:   p.prefix + strconv.FormatInt(int64(resp.ID), 16),
 		until: until,
 		since: now,
-		opens: now.plus(max(left/4, time.Second)),
+		opens: now.Plus(max(left/4, time.Second)),
 	}
 	p.mu.Lock()
 	p.byID[l.id] = l

@@ -11,6 +11,9 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
@@ -320,13 +323,13 @@ func TestLease_RBAC(t *testing.T) {
 
 // Where a session's expiry lies decides which lease it shares.
 func TestLease_Fitting(t *testing.T) {
-	now := millis(1_000_000_000)
-	hour := millis(time.Hour.Milliseconds())
-	p := newLeasePool(&conn{etcd: nil}, "", func() millis { return now }, func(func()) {})
-	p.open = []*lease{{id: 1, until: now + hour + hour/4, opens: forever}}
+	now := record.Millis(1_000_000_000)
+	hour := record.Millis(time.Hour.Milliseconds())
+	p := newLeasePool(&conn{etcd: nil}, "", func() record.Millis { return now }, func(func()) {})
+	p.open = []*lease{{id: 1, until: now + hour + hour/4, opens: record.Forever}}
 	for _, c := range []struct {
 		name string
-		left millis
+		left record.Millis
 		want bool
 	}{
 		{"as granted for", hour, true},

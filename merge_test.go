@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/alexedwards/scs/v2"
+
+	"github.com/seed210be38d/etcdstore/internal/record"
 )
 
 // day0 is the deadline of sessions whose deadline does not matter.
@@ -489,7 +491,7 @@ func (jsonCodec) Decode(b []byte) (time.Time, map[string]any, error) {
 }
 
 // encodedImage returns an image as it is read from etcd, or given by the session manager.
-func encodedImage(t testing.TB, codec scs.Codec, c *contents, expiry millis) *image {
+func encodedImage(t testing.TB, codec scs.Codec, c *contents, expiry record.Millis) *image {
 	t.Helper()
 	payload, err := codec.Encode(c.deadline, c.values)
 	if err != nil {

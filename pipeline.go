@@ -10,6 +10,9 @@ import (
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -68,7 +71,7 @@ type pipeline struct {
 	conn   *conn
 	leases *leasePool
 	prefix string
-	now    func() millis
+	now    func() record.Millis
 	decode func(kvs []*mvccpb.KeyValue, asOf int64) *version
 
 	mu     sync.Mutex
@@ -91,7 +94,7 @@ type transition interface {
 type state struct {
 	image *image // nil: there is no session
 	rev   int64  // its mod revision; 0 where a transition in the same fold made the image
-	now   millis
+	now   record.Millis
 
 	// The revision that created its key, which tells it from others under its token; -1: not known yet.
 	born int64
@@ -132,7 +135,7 @@ type queue struct {
 	queued  bool     // in pipeline.ready
 }
 
-func newPipeline(c *conn, leases *leasePool, prefix string, now func() millis, decode func([]*mvccpb.KeyValue, int64) *version) *pipeline {
+func newPipeline(c *conn, leases *leasePool, prefix string, now func() record.Millis, decode func([]*mvccpb.KeyValue, int64) *version) *pipeline {
 	p := &pipeline{conn: c, leases: leases, prefix: prefix, now: now, decode: decode, queues: make(map[string]*queue)}
 	p.lane = lane{batch: maxBatchKeys, work: p.work}
 	return p
@@ -309,7 +312,7 @@ type attempt struct {
 	kind   writeKind
 	clears bool // it deletes a session that has expired, and its ops are folded again
 
-	record  record
+	record  record.Record
 	value   string
 	seat    seat // a new one, on the lease that the Put names; zero where it keeps the key's lease, or there is no Put
 	keep    clientv3.OpOption
@@ -381,10 +384,10 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 			p.fail(a, err)
 			return nil
 		}
-		a.record = record{payload: payload, prefixLen: len(p.prefix), expiry: a.final.expiry, id: newWriteID()}
+		a.record = record.Record{Payload: payload, PrefixLen: len(p.prefix), Expiry: a.final.expiry, ID: record.NewWriteID()}
 		if a.base.lease != 0 && p.leases.covers(a.base.until, a.final.expiry, now) {
-			a.record.leaseEnd = a.base.until
-			a.value = string(a.record.encode())
+			a.record.LeaseEnd = a.base.until
+			a.value = string(a.record.Encode())
 			a.keep = p.leases.keep(a.base.lease)
 		}
 	case a.final == nil && a.base.rev != 0 && a.base.err != errForeignKey: //nolint:errorlint // never wrapped here
@@ -441,21 +444,21 @@ func newest(known *version, ops []*op) *version {
 
 // needsLease reports whether a's Put names a lease and has none yet.
 func (a *attempt) needsLease() bool {
-	return a.kind == writePut && a.seat.lease == nil && a.record.leaseEnd == 0
+	return a.kind == writePut && a.seat.lease == nil && a.record.LeaseEnd == 0
 }
 
 // sit puts a on a lease.
 func (a *attempt) sit(s seat) {
 	a.seat = s
-	a.record.leaseEnd = s.until
-	a.value = string(a.record.encode())
+	a.record.LeaseEnd = s.until
+	a.value = string(a.record.Encode())
 }
 
 // leave gives up a's seat, if it has one.
 func (p *pipeline) leave(a *attempt) {
 	if a.seat.lease != nil {
 		p.leases.left(a.seat.id)
-		a.seat, a.record.leaseEnd = seat{}, 0
+		a.seat, a.record.LeaseEnd = seat{}, 0
 	}
 }
 

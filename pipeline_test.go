@@ -21,6 +21,9 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/proto"
 )
@@ -79,14 +82,14 @@ func (f *fakeEtcd) seed(t *testing.T, token string, pairs ...any) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := record{
-		payload:   gobSession(t, deadline, fakePairs(pairs)),
-		prefixLen: len(fakePrefix),
-		expiry:    toMillis(deadline),
-		leaseEnd:  toMillis(deadline.Add(time.Hour)),
-		id:        newWriteID(),
+	r := record.Record{
+		Payload:   gobSession(t, deadline, fakePairs(pairs)),
+		PrefixLen: len(fakePrefix),
+		Expiry:    record.ToMillis(deadline),
+		LeaseEnd:  record.ToMillis(deadline.Add(time.Hour)),
+		ID:        record.NewWriteID(),
 	}
-	if _, err := f.Put(t.Context(), fakePrefix+token, string(r.encode()), clientv3.WithLease(lease.ID)); err != nil {
+	if _, err := f.Put(t.Context(), fakePrefix+token, string(r.Encode()), clientv3.WithLease(lease.ID)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -108,9 +111,9 @@ func fakeValues(t *testing.T, kv *mvccpb.KeyValue) map[string]any {
 	if kv.Version == 0 {
 		return nil
 	}
-	r, kind := decodeRecord(kv.Value)
-	_, values, err := newOptions(nil).codec.Decode(r.payload)
-	if kind != kindRecord || err != nil {
+	r, kind := record.Decode(kv.Value)
+	_, values, err := newOptions(nil).codec.Decode(r.Payload)
+	if kind != record.KindRecord || err != nil {
 		t.Fatalf("%s holds kind %d, %v", kv.Key, kind, err)
 	}
 	if values == nil {
@@ -705,10 +708,10 @@ func TestPipeline_LostLease(t *testing.T) {
 				}
 				puts := fakePuts(fakeSent[*etcdserverpb.TxnRequest](f), "5")
 				first, last := puts[0], puts[len(puts)-1]
-				a, _ := decodeRecord(first.Value)
-				b, _ := decodeRecord(last.Value)
-				if first.Lease == last.Lease || a.id != b.id {
-					t.Errorf("lease %x, then %x, write id %x, then %x", first.Lease, last.Lease, a.id, b.id)
+				a, _ := record.Decode(first.Value)
+				b, _ := record.Decode(last.Value)
+				if first.Lease == last.Lease || a.ID != b.ID {
+					t.Errorf("lease %x, then %x, write id %x, then %x", first.Lease, last.Lease, a.ID, b.ID)
 				}
 			})
 		})
@@ -1762,7 +1765,7 @@ func TestPipeline_SeatlessTimeIsUp(t *testing.T) {
 		q := &queue{key: fakePrefix + "a", busy: true, sent: true}
 		p.queues[q.key] = q
 		start := time.Now()
-		a := &attempt{queue: q, base: &version{rev: 5, asOf: 5, created: 5}, kind: writePut, unknown: true, final: imageOf(s.codec, nil, toMillis(start.Add(time.Hour)))}
+		a := &attempt{queue: q, base: &version{rev: 5, asOf: 5, created: 5}, kind: writePut, unknown: true, final: imageOf(s.codec, nil, record.ToMillis(start.Add(time.Hour)))}
 		for _, d := range []time.Duration{time.Second, 5 * time.Second} {
 			a.ops = append(a.ops, &op{key: q.key, change: remove{}, deadline: start.Add(d), done: make(chan struct{})})
 			p.busy.Add(1)
@@ -1806,7 +1809,7 @@ func TestPipeline_GivenUpLeavesItsSeat(t *testing.T) {
 func TestPipeline_DeletedUnreadable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
-		if _, err := f.Put(t.Context(), fakePrefix+"a", "rubbish"+recordMagic); err != nil {
+		if _, err := f.Put(t.Context(), fakePrefix+"a", "rubbish"+record.Magic); err != nil {
 			t.Fatal(err)
 		}
 		release := stall(t, s, f)

@@ -5,6 +5,9 @@ import (
 
 	"github.com/alexedwards/scs/v2"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -13,7 +16,7 @@ import (
 // because decoding costs more than all else that a commit does on this side of the network.
 type image struct {
 	codec  scs.Codec
-	expiry millis // 0: not known (a session of scs's own etcdstore, whose lease knows)
+	expiry record.Millis // 0: not known (a session of scs's own etcdstore, whose lease knows)
 
 	decode    sync.Once
 	contents  *contents
@@ -24,7 +27,7 @@ type image struct {
 }
 
 // imageOf returns the image of a payload.
-func imageOf(codec scs.Codec, payload []byte, expiry millis) *image {
+func imageOf(codec scs.Codec, payload []byte, expiry record.Millis) *image {
 	i := &image{codec: codec, expiry: expiry, payload: payload}
 	i.encode.Do(func() {})
 	return i
@@ -33,7 +36,7 @@ func imageOf(codec scs.Codec, payload []byte, expiry millis) *image {
 // imageWith returns the image of contents. They are encoded when the image is stored, if it is, except where the
 // application's code made some of the values: then at once, so that the image holds what a reader of it would find, and
 // shares nothing with that code.
-func imageWith(codec scs.Codec, c *contents, expiry millis) (*image, error) {
+func imageWith(codec scs.Codec, c *contents, expiry record.Millis) (*image, error) {
 	i := &image{codec: codec, expiry: expiry, contents: c}
 	if !c.raw {
 		i.decode.Do(func() {})
@@ -86,8 +89,8 @@ type version struct {
 	asOf  int64 // the store's revision when this was true
 	image *image
 	lease clientv3.LeaseID
-	until millis // the lease lasts until then at least; 0: not known
-	id    writeID
+	until record.Millis // the lease lasts until then at least; 0: not known
+	id    record.WriteID
 
 	// Where this version stands in the key's history: the revision that created the key, and its number since then.
 	created, nth int64
@@ -96,7 +99,7 @@ type version struct {
 }
 
 // live returns the session that v holds at the time now, nil where there is none.
-func (v *version) live(now millis) *image {
+func (v *version) live(now record.Millis) *image {
 	if v.rev == 0 || v.err != nil || v.image.expiry != 0 && v.image.expiry <= now {
 		return nil
 	}
@@ -118,17 +121,17 @@ func (e *EtcdStore) decodeVersion(kvs []*mvccpb.KeyValue, asOf int64) *version {
 	}
 	kv := kvs[0]
 	v := &version{rev: kv.ModRevision, asOf: asOf, lease: clientv3.LeaseID(kv.Lease), created: kv.CreateRevision, nth: kv.Version}
-	rec, kind := decodeRecord(kv.Value)
+	rec, kind := record.Decode(kv.Value)
 	switch {
-	case kind == kindRecord && rec.prefixLen != len(e.prefix), kind != kindRecord && !bareToken(kv.Key[len(e.prefix):]):
+	case kind == record.KindRecord && rec.PrefixLen != len(e.prefix), kind != record.KindRecord && !bareToken(kv.Key[len(e.prefix):]):
 		v.err = errForeignKey
-	case kind == kindNewer:
+	case kind == record.KindNewer:
 		v.err = errFormat
-	case kind == kindCorrupt:
+	case kind == record.KindCorrupt:
 		v.err = errCorrupt
 	}
-	v.image = imageOf(e.codec, rec.payload, rec.expiry)
-	v.until, v.id = rec.leaseEnd, rec.id
+	v.image = imageOf(e.codec, rec.Payload, rec.Expiry)
+	v.until, v.id = rec.LeaseEnd, rec.ID
 	return v
 }
 

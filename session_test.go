@@ -12,6 +12,7 @@ import (
 	"github.com/alexedwards/scs/v2"
 
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
+	"github.com/seed210be38d/etcdstore/internal/record"
 )
 
 // A payload that does not decode is stored as it is all the same.
@@ -157,8 +158,8 @@ func TestCommit_TouchesDoNotAddUp(t *testing.T) {
 	if err != nil || len(resp.Kvs) != 1 {
 		t.Fatal(resp, err)
 	}
-	rec, _ := decodeRecord(resp.Kvs[0].Value)
-	if behind := toMillis(start.Add(150 * time.Minute)).since(rec.expiry); behind >= time.Hour {
+	rec, _ := record.Decode(resp.Kvs[0].Value)
+	if behind := record.ToMillis(start.Add(150 * time.Minute)).Since(rec.Expiry); behind >= time.Hour {
 		t.Errorf("stored expiry is %v behind, the interval is 1h", behind)
 	}
 }
@@ -166,10 +167,10 @@ func TestCommit_TouchesDoNotAddUp(t *testing.T) {
 // What cannot be read is not served, not listed, and not overwritten, but it can be deleted.
 func TestStore_Unreadable(t *testing.T) {
 	whole := func(token string) []byte {
-		r := record{payload: gobSession(t, time.Now().Add(time.Hour), map[string]any{"n": 1, "of": token}), prefixLen: len(fakePrefix), expiry: forever}
-		return r.encode()
+		r := record.Record{Payload: gobSession(t, time.Now().Add(time.Hour), map[string]any{"n": 1, "of": token}), PrefixLen: len(fakePrefix), Expiry: record.Forever}
+		return r.Encode()
 	}
-	damaged, newer := whole("damaged"), seal([]byte("payload"), []byte{recordVersion + 1})
+	damaged, newer := whole("damaged"), seal([]byte("payload"), []byte{record.FormatVersion + 1})
 	damaged[len(damaged)/2] ^= 1
 	for _, tc := range []struct {
 		name  string

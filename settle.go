@@ -200,7 +200,7 @@ func (p *pipeline) look(a *attempt) {
 
 // applied settles an attempt that was applied at rev.
 func (p *pipeline) applied(a *attempt, rev int64) {
-	v := &version{rev: rev, asOf: rev, image: a.final, lease: a.base.lease, until: a.record.leaseEnd, id: a.record.id, created: a.base.created, nth: a.base.nth + 1}
+	v := &version{rev: rev, asOf: rev, image: a.final, lease: a.base.lease, until: a.record.LeaseEnd, id: a.record.ID, created: a.base.created, nth: a.base.nth + 1}
 	switch {
 	case a.kind == writeNothing:
 		still := *a.base
@@ -255,7 +255,7 @@ func (p *pipeline) overtaken(a *attempt, current *version) {
 		p.requeue(a, current) // it was never deleted
 	case a.kind == writeDelete && current.rev == 0 && a.onlyDeletes():
 		p.settled(a, current) // it is not there, whoever did that
-	case a.kind == writePut && current.rev != 0 && current.id == a.record.id:
+	case a.kind == writePut && current.rev != 0 && current.id == a.record.ID:
 		p.found(a, current, current)
 	case a.kind == writePut && !a.mayPrecede(current):
 		p.requeue(a, current)
@@ -344,7 +344,7 @@ func (p *pipeline) inHistory(ctx context.Context, a *attempt, last int64) (*vers
 		for i, r := range resp.Responses {
 			v := p.decode(r.GetResponseRange().Kvs, rev+int64(i))
 			switch {
-			case a.kind == writePut && v.rev != 0 && v.id == a.record.id:
+			case a.kind == writePut && v.rev != 0 && v.id == a.record.ID:
 				return v, nil
 			case a.kind == writeDelete && v.rev == 0 && rev+int64(i) > a.since:
 				return v, nil

@@ -7,6 +7,9 @@ import (
 	"time"
 
 	"github.com/alexedwards/scs/v2"
+
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -26,7 +29,7 @@ const (
 // prefix.
 type EtcdStore struct {
 	options
-	clock
+	clock    record.Clock
 	prefix   string
 	client   *clientv3.Client
 	conn     *conn
@@ -64,12 +67,12 @@ func NewWithPrefix(client *clientv3.Client, prefix string, opts ...Option) *Etcd
 
 func newStore(api etcd, client *clientv3.Client, prefix string, opts []Option) *EtcdStore {
 	e := &EtcdStore{
-		options: newOptions(opts), clock: clock{wall: time.Now},
+		options: newOptions(opts), clock: record.Clock{Wall: time.Now},
 		prefix: prefix, client: client, conn: &conn{etcd: api, made: time.Now()},
 	}
-	e.leases = newLeasePool(e.conn, prefix+reserved+"lease/", e.wallTime, e.background.Go)
+	e.leases = newLeasePool(e.conn, prefix+reserved+"lease/", e.clock.WallTime, e.background.Go)
 	e.reader = newReader(e.conn, e.decodeVersion)
-	e.pipeline = newPipeline(e.conn, e.leases, prefix, e.now, e.decodeVersion)
+	e.pipeline = newPipeline(e.conn, e.leases, prefix, e.clock.Now, e.decodeVersion)
 	e.locks = newLocks(client, prefix+reserved+"lock/", e.timeout, e.background.Go)
 	return e
 }
@@ -99,7 +102,7 @@ func (e *EtcdStore) FindCtx(ctx context.Context, token string) (b []byte, exists
 		case v.unreadable() != nil:
 			return v.unreadable()
 		}
-		image := v.live(e.now())
+		image := v.live(e.clock.Now())
 		t.note(readKey{e, token}, read{image: image, rev: v.rev, version: v})
 		if image != nil {
 			b, exists = bytes.Clone(image.payload), true
@@ -131,7 +134,7 @@ func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expir
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		ours := imageOf(e.codec, bytes.Clone(b), max(toMillis(expiry), 1))
+		ours := imageOf(e.codec, bytes.Clone(b), max(record.ToMillis(expiry), 1))
 		change := &commit{merger: merger{e.isolation, e.resolver}, ours: ours, touch: e.touch}
 		o := &op{key: e.prefix + token, change: change}
 		if r, ok := t.read(k); ok {
@@ -222,7 +225,7 @@ func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 			if err != nil {
 				return err
 			}
-			now := e.now()
+			now := e.clock.Now()
 			all = make(map[string][]byte, len(versions))
 			for token, v := range versions {
 				if image := v.live(now); image != nil {

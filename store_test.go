@@ -18,6 +18,9 @@ import (
 	"github.com/alexedwards/scs/v2"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/namespace"
 
@@ -388,15 +391,15 @@ func TestStore_BareSessions(t *testing.T) {
 	if err != nil || len(raw.Kvs) != 1 {
 		t.Fatal(raw, err)
 	}
-	if _, kind := decodeRecord(raw.Kvs[0].Value); kind != kindRecord {
+	if _, kind := record.Decode(raw.Kvs[0].Value); kind != record.KindRecord {
 		t.Error("an update did not upgrade the session")
 	}
 	// What the old store makes of our value, as it lies in etcd.
 	if d, v, err := (scs.GobCodec{}).Decode(raw.Kvs[0].Value); err != nil || !d.Equal(deadline) || v["n"] != 2 {
 		t.Errorf("scs.GobCodec of a stored value = %v, %v, %v", d, v, err)
 	}
-	if v := s.decodeVersion(raw.Kvs, 0); v.image.expiry.since(s.now()) > time.Hour || v.image.expiry.since(s.now()) < 50*time.Minute {
-		t.Errorf("an update did not keep the lease's end as the expiry: %v left", v.image.expiry.since(s.now()))
+	if v := s.decodeVersion(raw.Kvs, 0); v.image.expiry.Since(s.clock.Now()) > time.Hour || v.image.expiry.Since(s.clock.Now()) < 50*time.Minute {
+		t.Errorf("an update did not keep the lease's end as the expiry: %v left", v.image.expiry.Since(s.clock.Now()))
 	}
 
 	ctx := Begin(t.Context())

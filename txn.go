@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/seed210be38d/etcdstore/internal/record"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -256,7 +258,7 @@ func (c *commit) merged(theirs *image) (*image, error) {
 
 // expiry merges the expiry: the side that changed the deadline decides, else the later one holds. Where both changed it,
 // a resolver has decided about the deadline, and the expiry follows.
-func (c *commit) expiry(base, ours, theirs, merged *contents, theirExpiry millis) millis {
+func (c *commit) expiry(base, ours, theirs, merged *contents, theirExpiry record.Millis) record.Millis {
 	moved := base != nil && !merged.deadline.Equal(base.deadline)
 	later := max(c.ours.expiry, theirExpiry)
 	switch {
@@ -267,12 +269,12 @@ func (c *commit) expiry(base, ours, theirs, merged *contents, theirExpiry millis
 	case merged.deadline.Equal(theirs.deadline):
 		return theirExpiry
 	}
-	return min(later, toMillis(merged.deadline))
+	return min(later, record.ToMillis(merged.deadline))
 }
 
 // withinTouch reports whether moving the expiry need not be written.
-func (c *commit) withinTouch(from, to millis) bool {
-	return from != 0 && to >= from && to.since(from) < c.touch
+func (c *commit) withinTouch(from, to record.Millis) bool {
+	return from != 0 && to >= from && to.Since(from) < c.touch
 }
 
 // idle reports whether the commit need not be made at all: it changes nothing but the expiry, and that by less than
@@ -376,14 +378,14 @@ func (e *EtcdStore) withExpiry(ctx context.Context, deadline time.Time, v *versi
 	if v.rev == 0 || v.image.expiry != 0 {
 		return v, nil
 	}
-	expiry := forever
+	expiry := record.Forever
 	if v.lease != 0 {
 		ctx, cancel := context.WithDeadline(ctx, deadline)
 		defer cancel()
 		err := retry(ctx, func(ctx context.Context) error {
 			resp, err := e.conn.TimeToLive(ctx, v.lease)
 			if err == nil {
-				expiry = e.now().plus(time.Duration(resp.TTL) * time.Second)
+				expiry = e.clock.Now().Plus(time.Duration(resp.TTL) * time.Second)
 			}
 			return clientv3.ContextError(ctx, err)
 		})

@@ -12,16 +12,17 @@ import (
 	"github.com/alexedwards/scs/v2"
 
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
+	"github.com/seed210be38d/etcdstore/internal/record"
 )
 
 // gobImage returns an image as it is read from etcd.
-func gobImage(t testing.TB, c *contents, expiry millis) *image {
+func gobImage(t testing.TB, c *contents, expiry record.Millis) *image {
 	t.Helper()
 	return encodedImage(t, scs.GobCodec{}, c, expiry)
 }
 
 // wantImage fails t unless what i stores has this expiry and these contents.
-func wantImage(t *testing.T, i *image, want *contents, expiry millis) {
+func wantImage(t *testing.T, i *image, want *contents, expiry record.Millis) {
 	t.Helper()
 	if i == nil {
 		t.Fatal("no image")
@@ -42,7 +43,7 @@ func wantImage(t *testing.T, i *image, want *contents, expiry millis) {
 
 func TestCommit_Next(t *testing.T) {
 	// What is in etcd, and what the commit wants, is undecodable where the commit must not look at it.
-	opaque := func(expiry millis) *image { return imageOf(scs.GobCodec{}, []byte("opaque"), expiry) }
+	opaque := func(expiry record.Millis) *image { return imageOf(scs.GobCodec{}, []byte("opaque"), expiry) }
 	ourOpaque := opaque(1000)
 	mine := gobImage(t, with("a", 2, "b", 1), 1000)
 	seen := gobImage(t, with("a", 1, "b", 1), 1000)
@@ -187,7 +188,7 @@ func TestCommit_Next_Options(t *testing.T) {
 func TestCommit_Next_Expiry(t *testing.T) {
 	type side struct {
 		deadline int // a day
-		expiry   millis
+		expiry   record.Millis
 	}
 	absent := side{-1, 0}
 	for _, tc := range []struct {
@@ -225,13 +226,13 @@ func TestCommit_Next_Expiry(t *testing.T) {
 
 // A touch beside other changes: what they left stays, and within the touch interval nothing is written at all.
 func TestCommit_Next_Touch(t *testing.T) {
-	const stored = millis(1_000_000)
+	const stored = record.Millis(1_000_000)
 	for _, tc := range []struct {
 		name     string
 		interval time.Duration
-		theirs   millis
-		ours     millis
-		want     millis // 0: theirs itself, not written
+		theirs   record.Millis
+		ours     record.Millis
+		want     record.Millis // 0: theirs itself, not written
 	}{
 		{"no interval", 0, stored, stored + 1, stored + 1},
 		{"no interval, not moved", 0, stored, stored, 0},

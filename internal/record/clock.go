@@ -1,4 +1,4 @@
-package etcdstore
+package record
 
 import (
 	"sync/atomic"
@@ -8,7 +8,7 @@ import (
 // clockSlack is by how much the wall clock may fall behind without being followed.
 const clockSlack = time.Minute
 
-// clock is the store's notion of now. It decides expiry.
+// Clock is the store's notion of now. It decides expiry.
 //
 // The wall clock decides, since scs computes expiries from it. But it does not go back by small steps, as NTP, a machine
 // that was resumed, or a leap second make: while the wall clock lags behind what now has returned by a minute at most, now
@@ -26,23 +26,23 @@ const clockSlack = time.Minute
 //   - A high-water mark without bound: until the wall clock has caught up with it, in a day or in a year, every new session
 //     of the application, whose expiry scs takes from the corrected clock, would have expired when it is made, and the
 //     others would be hidden.
-type clock struct {
-	wall func() time.Time
+type Clock struct {
+	Wall func() time.Time
 	last atomic.Int64 // what now returned last, in Unix milliseconds
 }
 
-// wallTime returns the time of the wall clock as it is, for leases: what one granted while that was ahead is said to last
+// WallTime returns the time of the wall clock as it is, for leases: what one granted while that was ahead is said to last
 // does not hold once it is set right, however small the step.
-func (c *clock) wallTime() millis { return toMillis(c.wall()) }
+func (c *Clock) WallTime() Millis { return ToMillis(c.Wall()) }
 
-// now returns the time.
-func (c *clock) now() millis {
+// Now returns the time.
+func (c *Clock) Now() Millis {
 	for {
 		// The wall clock is read after last, and last is moved only if it is as it was: a reading that another goroutine
 		// has overtaken does not look like a step back, however long its goroutine did not run.
-		last := millis(c.last.Load())
-		wall := toMillis(c.wall())
-		if wall <= last && last.since(wall) <= clockSlack {
+		last := Millis(c.last.Load())
+		wall := ToMillis(c.Wall())
+		if wall <= last && last.Since(wall) <= clockSlack {
 			return last
 		}
 		if c.last.CompareAndSwap(int64(last), int64(wall)) {
