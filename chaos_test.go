@@ -16,6 +16,9 @@ import (
 
 	"github.com/alexedwards/scs/v2"
 	"github.com/anishathalye/porcupine"
+
+	"github.com/seed210be38d/etcdstore/internal/etcd"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
@@ -23,13 +26,13 @@ import (
 
 // counted counts the writes of sessions that end in an open outcome.
 type counted struct {
-	etcd
+	etcd.API
 	unknown atomic.Int64
 }
 
 func (c *counted) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
-	resp, err := c.etcd.Do(ctx, op)
-	if err != nil && writesSessions(op) && classify(clientv3.ContextError(ctx, err)) == classUnknown {
+	resp, err := c.API.Do(ctx, op)
+	if err != nil && writesSessions(op) && etcd.Classify(clientv3.ContextError(ctx, err)) == etcd.Unknown {
 		c.unknown.Add(1)
 	}
 	return resp, err
@@ -131,7 +134,7 @@ func newFaultRun(t *testing.T) *faultRun {
 	r.admin = r.cluster.Client(t)
 	for range 2 {
 		cli := r.cluster.Client(t)
-		c := &counted{etcd: cli}
+		c := &counted{API: cli}
 		r.counts = append(r.counts, c)
 		r.stores = append(r.stores, newStore(c, cli, defaultPrefix, nil))
 	}
@@ -266,9 +269,9 @@ func stateOf(values map[string]any) string {
 // record makes a call. The revision that its store knew of at its beginning is below that of its effect, and the one that
 // it knows of at its end is not.
 func (r *faultRun) record(c *faultCall, f func(*faultCall) error) {
-	c.begin, c.call = c.store.conn.revision.Load(), r.now()
+	c.begin, c.call = c.store.conn.Latest(), r.now()
 	c.err = f(c)
-	c.end, c.returns = c.store.conn.revision.Load(), r.now()
+	c.end, c.returns = c.store.conn.Latest(), r.now()
 	switch {
 	case errors.Is(c.err, ErrOutcomeUnknown):
 		c.told = toldUnknown

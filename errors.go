@@ -1,15 +1,9 @@
 package etcdstore
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strings"
-
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
-	clientv3 "go.etcd.io/etcd/client/v3"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 )
 
 // What a commit can run into.
@@ -68,82 +62,6 @@ var (
 	errBareExpiry = errors.New("etcdstore: the expiry of a session of scs's own etcdstore is not known")
 )
 
-// class says what is known after etcd, or the way to it, answered a request with an error.
-type class int
-
-const (
-	// classUnknown: the request may have been applied, or may still be. The zero value, so that an error
-	// that nobody foresaw is never taken for an answer.
-	classUnknown class = iota
-	// classRejected: nothing was applied, and sending the same again gives the same.
-	classRejected
-	// classTransient: nothing was applied, and sending the same again may succeed.
-	classTransient
-	// classTooLarge: nothing was applied, the request exceeds etcd's limit on bytes.
-	classTooLarge
-	// classTooManyOps: nothing was applied, the request exceeds etcd's limit on operations.
-	classTooManyOps
-	// classLeaseLost: nothing was applied, a lease that the request names does not exist.
-	classLeaseLost
-	// classCompacted: nothing was applied, the revision that was to be read is compacted.
-	classCompacted
-	// classNoSpace: a write was refused for want of space, or, where the quota was crossed by this very
-	// request, applied (server/etcdserver/apply, applierV3 with quota). The answer proves that the request is
-	// not under way any more, so a read settles it, and for a create the history.
-	classNoSpace
-)
-
-// classes lists the errors that say more than 'unknown'. The file that proves each is in etcd's server,
-// version 3.7: api/v3rpc/key.go checks a request before it is proposed; txn/txn.go checks a Txn whole before
-// its first effect; apply/auth.go checks permissions before that.
-var classes = []struct {
-	err   error
-	class class
-}{
-	{rpctypes.ErrTooManyOps, classTooManyOps},
-	{rpctypes.ErrDuplicateKey, classRejected},
-	{rpctypes.ErrKeyNotFound, classRejected},
-	{rpctypes.ErrEmptyKey, classRejected},
-	{rpctypes.ErrPermissionDenied, classRejected},
-	{rpctypes.ErrPermissionNotGranted, classRejected},
-	{rpctypes.ErrUserEmpty, classRejected},
-	{rpctypes.ErrAuthFailed, classRejected},
-	{rpctypes.ErrInvalidAuthToken, classRejected},
-	{rpctypes.ErrAuthOldRevision, classTransient},
-	{rpctypes.ErrTooManyRequests, classTransient},
-	{rpctypes.ErrNoLeader, classTransient},
-	{rpctypes.ErrRequestTooLarge, classTooLarge},
-	{rpctypes.ErrLeaseNotFound, classLeaseLost},
-	{rpctypes.ErrCompacted, classCompacted},
-	{rpctypes.ErrNoSpace, classNoSpace},
-}
-
-// classify tells what is known after err.
-func classify(err error) class {
-	for _, c := range classes {
-		if errors.Is(err, c.err) {
-			return c.class
-		}
-	}
-	// The client refuses to send what exceeds its own limit.
-	if status.Code(err) == codes.ResourceExhausted && strings.Contains(err.Error(), "trying to send message larger than max") {
-		return classTooLarge
-	}
-	return classUnknown
-}
-
-// unavailable reports whether err says that etcd, or the time to ask it, was not there.
-func unavailable(err error) bool {
-	var etcdErr rpctypes.EtcdError
-	switch {
-	case errors.As(err, &etcdErr):
-		return etcdErr.Code() == codes.Unavailable || etcdErr.Code() == codes.DeadlineExceeded || classify(etcdErr) == classTransient
-	case errors.Is(err, context.DeadlineExceeded):
-		return true
-	}
-	return clientv3.IsConnCanceled(err) || status.Code(err) == codes.Unavailable
-}
-
 // applicationError marks an error of the application's own code, which a call returns as it is.
 type applicationError struct{ error }
 
@@ -159,15 +77,6 @@ func callError(op string, err error) error {
 		return err
 	}
 	return fmt.Errorf("etcdstore: %s: %w", op, err)
-}
-
-// endedError is what a call returns that its context, or its time, ended. last is what etcd said last, if it
-// said anything: without it 'deadline exceeded' would hide that, say, nothing listens on etcd's port.
-func endedError(ended, last error) error {
-	if last == nil || errors.Is(last, ended) {
-		return ended
-	}
-	return fmt.Errorf("%w (etcd: %w)", ended, last)
 }
 
 // unknownError is an ErrOutcomeUnknown with its cause.

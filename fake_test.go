@@ -18,6 +18,9 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	"github.com/seed210be38d/etcdstore/internal/etcd"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -51,7 +54,7 @@ type fakeEtcd struct {
 	granted   clientv3.LeaseID
 }
 
-var _ etcd = (*fakeEtcd)(nil)
+var _ etcd.API = (*fakeEtcd)(nil)
 
 func newFakeEtcd() *fakeEtcd {
 	f := &fakeEtcd{
@@ -588,7 +591,7 @@ type fakePair struct {
 func (p *fakePair) do(t *testing.T, name string, op func(lease func(i int) clientv3.LeaseID) clientv3.Op) {
 	t.Helper()
 	var answers [2]string
-	for side, api := range []etcd{p.real, p.fake} {
+	for side, api := range []etcd.API{p.real, p.fake} {
 		resp, err := api.Do(t.Context(), op(func(i int) clientv3.LeaseID { return p.lease(side, i) }))
 		answers[side] = p.describe(side, resp, clientv3.ContextError(t.Context(), err))
 	}
@@ -654,7 +657,7 @@ func (p *fakePair) describe(side int, resp clientv3.OpResponse, err error) strin
 
 func (p *fakePair) grant(t *testing.T) {
 	t.Helper()
-	for side, api := range []etcd{p.real, p.fake} {
+	for side, api := range []etcd.API{p.real, p.fake} {
 		resp, err := api.Grant(t.Context(), 600)
 		if err != nil {
 			t.Fatal(err)
@@ -667,7 +670,7 @@ func (p *fakePair) grant(t *testing.T) {
 func (p *fakePair) revoke(t *testing.T, i int) {
 	t.Helper()
 	var answers [2]string
-	for side, api := range []etcd{p.real, p.fake} {
+	for side, api := range []etcd.API{p.real, p.fake} {
 		ttl, err := api.TimeToLive(t.Context(), p.lease(side, i), clientv3.WithAttachedKeys())
 		if err != nil {
 			t.Fatal(err)

@@ -19,6 +19,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
+	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -137,9 +138,9 @@ func TestFault_EveryError(t *testing.T) {
 	// With a token that the user has set, the client does not itself get a new one and send again.
 	token := func(cfg *clientv3.Config) { cfg.Token = "token" }
 	faulty, cli := c.Client(t, etcdtest.WithFaults(faults), token), c.Client(t)
-	for _, row := range classes {
-		if !slices.ContainsFunc(faultErrors(), func(e faultError) bool { return errors.Is(rpctypes.Error(e.err), row.err) }) {
-			t.Errorf("no case for %v", row.err)
+	for _, err := range etcd.Classified() {
+		if !slices.ContainsFunc(faultErrors(), func(e faultError) bool { return errors.Is(rpctypes.Error(e.err), err) }) {
+			t.Errorf("no case for %v", err)
 		}
 	}
 	var cases []*faultCase
@@ -314,7 +315,7 @@ func TestFault_NoSpaceButApplied(t *testing.T) {
 // aftermath is an etcd that loses the answer to the next write of a session, once it is armed. Before anyone hears of that,
 // other things happen.
 type aftermath struct {
-	etcd
+	etcd.API
 	made  bool // the write is made
 	armed atomic.Bool
 	then  func()
@@ -322,10 +323,10 @@ type aftermath struct {
 
 func (a *aftermath) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
 	if !writesSessions(op) || !a.armed.CompareAndSwap(true, false) {
-		return a.etcd.Do(ctx, op)
+		return a.API.Do(ctx, op)
 	}
 	if a.made {
-		if _, err := a.etcd.Do(ctx, op); err != nil {
+		if _, err := a.API.Do(ctx, op); err != nil {
 			return clientv3.OpResponse{}, err
 		}
 	}
@@ -373,7 +374,7 @@ func TestFault_CompactedHistory(t *testing.T) {
 		{callDelete, true, "c", true, ErrOutcomeUnknown, 1},
 	} {
 		name := fmt.Sprintf("case %d, %+v", i, c)
-		a := &aftermath{etcd: cli, made: c.made}
+		a := &aftermath{API: cli, made: c.made}
 		s := newStore(a, cli, defaultPrefix, []Option{WithTimeout(time.Minute)})
 		ours := &faultCase{kind: c.ours, token: fmt.Sprint("t", i)}
 		create := func() error {
@@ -562,7 +563,7 @@ func TestFault_CallerLeavesQueue(t *testing.T) {
 // zombie is an etcd whose next create, once it is armed, is delayed in the network: its caller gets an error, and late gets
 // the request.
 type zombie struct {
-	etcd
+	etcd.API
 	unfenced bool // as if creates compared no fence
 	armed    atomic.Bool
 	late     func(op clientv3.Op)
@@ -579,7 +580,7 @@ func (z *zombie) Do(ctx context.Context, op clientv3.Op) (clientv3.OpResponse, e
 			return clientv3.OpResponse{}, unavailableEOF
 		}
 	}
-	return z.etcd.Do(ctx, op)
+	return z.API.Do(ctx, op)
 }
 
 // The zombie create: it is delayed, sent again, applied, and the session is deleted. Then the first send arrives, and the
@@ -589,7 +590,7 @@ func TestFault_ZombieCreate(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			cli := etcdtest.New(t, etcdtest.Config{}).Client(t)
 			var delayed clientv3.Op
-			z := &zombie{etcd: cli, unfenced: unfenced, late: func(op clientv3.Op) { delayed = op }}
+			z := &zombie{API: cli, unfenced: unfenced, late: func(op clientv3.Op) { delayed = op }}
 			s := newStore(z, cli, defaultPrefix, nil)
 			defer mustClose(t, s)
 			createAndDelete(t, s, z)
@@ -639,7 +640,7 @@ func TestFault_ZombieCreateInPartition(t *testing.T) {
 			cutClient, healthy := c.Client(t, etcdtest.WithMember(i)), c.Client(t, etcdtest.WithMember(leader))
 			var resp clientv3.OpResponse
 			arrived := make(chan error, 1)
-			z := &zombie{etcd: healthy, unfenced: unfenced, late: func(op clientv3.Op) {
+			z := &zombie{API: healthy, unfenced: unfenced, late: func(op clientv3.Op) {
 				go func() {
 					ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 					defer cancel()
@@ -801,18 +802,18 @@ func TestFault_NoQuorum(t *testing.T) {
 		"Delete": s.Delete("b"),
 		"Update": s.Update(t.Context(), "a", func(map[string]any) error { return nil }),
 	} {
-		if !unavailable(err) || errors.Is(err, ErrOutcomeUnknown) {
+		if !etcd.Unavailable(err) || errors.Is(err, ErrOutcomeUnknown) {
 			t.Errorf("%s without a quorum: %v; nothing of it was sent", call, err)
 		}
 	}
 	// As if etcd had answered just now: else even these would read first, and nothing would be sent.
-	s.conn.heard.Store(int64(time.Hour))
+	heard := func() context.Context { s.conn.Saw(&etcdserverpb.ResponseHeader{}); return ctx }
 	for call, err := range map[string]error{
-		"Commit": s.CommitCtx(ctx, "a", []byte("after"), time.Now().Add(time.Hour)),
-		"Delete": s.DeleteCtx(ctx, "b"),
-		"Create": s.CommitCtx(ctx, "fresh", []byte("x"), time.Now().Add(time.Hour)),
+		"Commit": s.CommitCtx(heard(), "a", []byte("after"), time.Now().Add(time.Hour)),
+		"Delete": s.DeleteCtx(heard(), "b"),
+		"Create": s.CommitCtx(heard(), "fresh", []byte("x"), time.Now().Add(time.Hour)),
 	} {
-		if !unavailable(err) || !errors.Is(err, ErrOutcomeUnknown) {
+		if !etcd.Unavailable(err) || !errors.Is(err, ErrOutcomeUnknown) {
 			t.Errorf("%s of what was read, without a quorum: %v; want ErrOutcomeUnknown", call, err)
 		}
 	}

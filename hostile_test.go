@@ -111,16 +111,16 @@ func FuzzStoredValue(f *testing.F) {
 	f.Add([]byte(record.Magic), fields, byte(0), uint16(0))
 	f.Fuzz(func(t *testing.T, data, fields []byte, how byte, at uint16) {
 		synctest.Test(t, func(t *testing.T) {
-			s, etcd := newFakeStore(t)
-			etcd.seed(t, "other", "who", "other")
-			before := etcd.keys()
+			s, fake := newFakeStore(t)
+			fake.seed(t, "other", "who", "other")
+			before := fake.keys()
 			const token, key = "token", fakePrefix + "token"
 			value := hostileValue(data, fields, how, at)
 			put := func() int64 {
-				if _, err := etcd.Put(t.Context(), key, string(value)); err != nil {
+				if _, err := fake.Put(t.Context(), key, string(value)); err != nil {
 					t.Fatal(err)
 				}
-				return etcd.keys()[key]
+				return fake.keys()[key]
 			}
 			payload, ok, foreign := served(value, s.clock.Now())
 			_, values, decodeErr := scs.GobCodec{}.Decode(payload)
@@ -144,7 +144,7 @@ func FuzzStoredValue(f *testing.F) {
 					}
 					return nil
 				})
-				written := etcd.keys()[key] != rev
+				written := fake.keys()[key] != rev
 				if (err == nil) && (!ok || decodeErr != nil) || written != (change && err == nil) {
 					t.Errorf("Update (change %v) over %q = %v, written %v", change, value, err, written)
 				}
@@ -158,7 +158,7 @@ func FuzzStoredValue(f *testing.F) {
 					_, _, findErr = s.FindCtx(ctx, token)
 				}
 				err = s.CommitCtx(ctx, token, ours, expiry)
-				written := etcd.keys()[key] != rev
+				written := fake.keys()[key] != rev
 				if (err == nil) != (findErr == nil && !foreign) || written != (err == nil) {
 					t.Errorf("%s over %q = %v, written %v; Find said %v", name, value, err, written, findErr)
 				}
@@ -171,11 +171,11 @@ func FuzzStoredValue(f *testing.F) {
 			if err := s.Delete(token); err != nil {
 				t.Errorf("Delete of %q = %v", value, err)
 			}
-			if _, kept := etcd.keys()[key]; kept != foreign {
+			if _, kept := fake.keys()[key]; kept != foreign {
 				t.Errorf("Delete of %q kept it: %v", value, kept)
 			}
 			for k, rev := range before {
-				if etcd.keys()[k] != rev {
+				if fake.keys()[k] != rev {
 					t.Errorf("calls over %q touched %q", value, k)
 				}
 			}
@@ -215,10 +215,10 @@ func FuzzToken(f *testing.F) {
 	f.Add("a", []byte(record.Magic))
 	f.Fuzz(func(t *testing.T, token string, data []byte) {
 		synctest.Test(t, func(t *testing.T) {
-			s, etcd := newFakeStore(t)
-			etcd.seed(t, "own", "who", "own")
-			etcd.neighbours(t)
-			before := etcd.keys()
+			s, fake := newFakeStore(t)
+			fake.seed(t, "own", "who", "own")
+			fake.neighbours(t)
+			before := fake.keys()
 			own, _, err := s.Find("own")
 			if err != nil {
 				t.Fatal(err)
@@ -226,7 +226,7 @@ func FuzzToken(f *testing.F) {
 			// wantKeys looks whether the keys are as they were, but for the one that is given, and leases.
 			wantKeys := func(but string) {
 				t.Helper()
-				after := etcd.keys()
+				after := fake.keys()
 				for key := range after {
 					if _, was := before[key]; !was && key != but && !strings.HasPrefix(key, fakePrefix+"~lease/") {
 						t.Errorf("%q made the key %q", token, key)
@@ -239,7 +239,7 @@ func FuzzToken(f *testing.F) {
 				}
 			}
 			expiry := time.Now().Add(time.Hour)
-			fakeSent[any](etcd)
+			fakeSent[any](fake)
 
 			if token == "own" {
 				wantFound(t, s, token, string(own))
@@ -258,7 +258,7 @@ func FuzzToken(f *testing.F) {
 				if !errors.Is(err, ErrInvalidToken) {
 					t.Errorf("Commit of %q = %v; want ErrInvalidToken", token, err)
 				}
-				if sent := fakeSent[any](etcd); invalid && len(sent) > 0 {
+				if sent := fakeSent[any](fake); invalid && len(sent) > 0 {
 					t.Errorf("etcd was asked about %q: %v", token, sent)
 				}
 				wantKeys("")
@@ -323,13 +323,13 @@ func FuzzCookie(f *testing.F) {
 	manager := scs.New() // outside of the bubbles, since it starts a goroutine
 	f.Fuzz(func(t *testing.T, cookie string) {
 		synctest.Test(t, func(t *testing.T) {
-			s, etcd := newFakeStore(t)
-			etcd.seed(t, token, "who", "own")
-			etcd.neighbours(t)
+			s, fake := newFakeStore(t)
+			fake.seed(t, token, "who", "own")
+			fake.neighbours(t)
 			sm := *manager
 			sm.Store = s
-			rev := etcd.rev()
-			fakeSent[any](etcd)
+			rev := fake.rev()
+			fakeSent[any](fake)
 
 			w := serve(who(&sm), strings.Split(cookie, "\n")...)
 			body := w.Body.String()
@@ -339,12 +339,12 @@ func FuzzCookie(f *testing.F) {
 			if set := w.Header().Values("Set-Cookie"); len(set) > 0 {
 				t.Errorf("%q was answered with the cookies %q", cookie, set)
 			}
-			for _, msg := range fakeSent[any](etcd) {
+			for _, msg := range fakeSent[any](fake) {
 				if fakeReads(msg) == nil {
 					t.Errorf("%q made a request other than a read: %v", cookie, msg)
 				}
 			}
-			if etcd.rev() != rev {
+			if fake.rev() != rev {
 				t.Errorf("%q wrote something", cookie)
 			}
 			synctest.Wait()

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -55,7 +56,7 @@ const (
 // session (slow leader changes), one cached lease (its expiry would be a write stall: it deletes key by key in one
 // entry).
 type leasePool struct {
-	conn   *conn
+	conn   *etcd.Client
 	prefix string // of the leases' keys
 	now    func() record.Millis
 	detach func(func()) // runs in a goroutine that Close waits for
@@ -102,7 +103,7 @@ type grant struct {
 	err  error
 }
 
-func newLeasePool(c *conn, prefix string, now func() record.Millis, detach func(func())) *leasePool {
+func newLeasePool(c *etcd.Client, prefix string, now func() record.Millis, detach func(func())) *leasePool {
 	return &leasePool{conn: c, prefix: prefix, now: now, detach: detach, byID: make(map[clientv3.LeaseID]*lease)}
 }
 
@@ -178,7 +179,7 @@ func (p *leasePool) retire(now record.Millis) {
 
 // acquire returns a seat for a session that expires at e, waiting for a lease where none is open.
 func (p *leasePool) acquire(ctx context.Context, e record.Millis) (seat, error) {
-	for b := (backoff{}); ; {
+	for b := (etcd.Backoff{}); ; {
 		if s, ok := p.attach(e); ok {
 			return s, nil
 		}
@@ -192,10 +193,10 @@ func (p *leasePool) acquire(ctx context.Context, e record.Millis) (seat, error) 
 		}
 		switch {
 		case g.err == nil: // perhaps for other sessions, or its seats are taken already
-		case classify(g.err) != classUnknown && classify(g.err) != classTransient:
+		case etcd.Classify(g.err) != etcd.Unknown && etcd.Classify(g.err) != etcd.Transient:
 			return seat{}, g.err
-		case !b.wait(ctx):
-			return seat{}, endedError(ctx.Err(), g.err)
+		case !b.Wait(ctx):
+			return seat{}, etcd.Ended(ctx.Err(), g.err)
 		}
 	}
 }
@@ -229,7 +230,7 @@ func (p *leasePool) grantFor(e, now record.Millis) *grant {
 
 // newLease grants a lease that lasts until then at least, and puts its key.
 func (p *leasePool) newLease(now record.Millis, left time.Duration, until record.Millis) (*lease, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*attemptTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*etcd.AttemptTimeout)
 	defer cancel()
 	margin := time.Second + left/16 // for clocks that differ between machines
 	ttl := (until.Plus(margin).Since(now) + time.Second - 1) / time.Second
@@ -237,7 +238,7 @@ func (p *leasePool) newLease(now record.Millis, left time.Duration, until record
 	if err != nil {
 		return nil, clientv3.ContextError(ctx, err)
 	}
-	p.conn.saw(resp.ResponseHeader)
+	p.conn.Saw(resp.ResponseHeader)
 	l := &lease{
 		id:    resp.ID,
 		key:   p.prefix + strconv.FormatInt(int64(resp.ID), 16),
@@ -259,7 +260,7 @@ func (p *leasePool) newLease(now record.Millis, left time.Duration, until record
 
 // askAuth finds out whether authentication is on. What cannot be found out counts as on.
 func (p *leasePool) askAuth() {
-	ctx, cancel := context.WithTimeout(context.Background(), attemptTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), etcd.AttemptTimeout)
 	defer cancel()
 	resp, err := p.conn.AuthStatus(ctx)
 	p.unchecked.Store(err == nil && !resp.Enabled)
@@ -267,7 +268,7 @@ func (p *leasePool) askAuth() {
 
 // putKey puts the lease's key, which moves the fence.
 func (p *leasePool) putKey(ctx context.Context, l *lease) error {
-	resp, err := p.conn.do(ctx, clientv3.OpPut(l.key, "", clientv3.WithLease(l.id)))
+	resp, err := p.conn.Send(ctx, clientv3.OpPut(l.key, "", clientv3.WithLease(l.id)))
 	if err != nil {
 		return err
 	}
@@ -287,7 +288,7 @@ func (p *leasePool) suspect(s seat) {
 
 // refence makes sure that no attempt that compares s.fence can be applied any more.
 func (p *leasePool) refence(ctx context.Context, s seat) error {
-	err := retry(ctx, func(ctx context.Context) error {
+	err := etcd.Retry(ctx, func(ctx context.Context) error {
 		s.moving.Lock()
 		defer s.moving.Unlock()
 		p.mu.Lock()
@@ -298,7 +299,7 @@ func (p *leasePool) refence(ctx context.Context, s seat) error {
 		}
 		return p.putKey(ctx, s.lease)
 	})
-	if classify(err) == classLeaseLost {
+	if etcd.Classify(err) == etcd.LeaseLost {
 		p.lost(s.lease) // the key has gone with it, and every attempt that compares it fails
 		err = nil
 	}
@@ -389,7 +390,7 @@ func (p *leasePool) left(id clientv3.LeaseID) {
 
 // sweep looks after the first n closed leases: it revokes those without sessions and puts the others last.
 func (p *leasePool) sweep(n int) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*attemptTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*etcd.AttemptTimeout)
 	defer cancel()
 	p.mu.Lock()
 	n = min(n, len(p.closed))
@@ -425,7 +426,7 @@ func (p *leasePool) revokeUnused(ctx context.Context, l *lease) error {
 	p.mu.Lock()
 	l.revoking = true
 	p.mu.Unlock()
-	resp, err := p.conn.do(ctx, clientv3.OpDelete(l.key))
+	resp, err := p.conn.Send(ctx, clientv3.OpDelete(l.key))
 	if err != nil {
 		return err
 	}
@@ -434,7 +435,7 @@ func (p *leasePool) revokeUnused(ctx context.Context, l *lease) error {
 		return err
 	}
 	_, err = p.conn.Revoke(ctx, l.id)
-	if err = clientv3.ContextError(ctx, err); err != nil && classify(err) != classLeaseLost {
+	if err = clientv3.ContextError(ctx, err); err != nil && etcd.Classify(err) != etcd.LeaseLost {
 		return err
 	}
 	p.lost(l)
@@ -444,14 +445,14 @@ func (p *leasePool) revokeUnused(ctx context.Context, l *lease) error {
 // unused reports whether no session is on a lease, or there is no such lease any more, as of revision rev or later. A member
 // that lags behind, or is cut off, answers with what it knows: it is asked again, as is another.
 func (p *leasePool) unused(ctx context.Context, l *lease, rev int64) (bool, error) {
-	for b := (backoff{}); ; {
+	for b := (etcd.Backoff{}); ; {
 		resp, err := p.conn.TimeToLive(ctx, l.id, clientv3.WithAttachedKeys())
 		switch {
 		case err != nil:
 			return false, clientv3.ContextError(ctx, err)
 		case resp.Revision >= rev:
 			return !slices.ContainsFunc(resp.Keys, func(key []byte) bool { return string(key) != l.key }), nil
-		case !b.wait(ctx):
+		case !b.Wait(ctx):
 			return false, ctx.Err()
 		}
 	}

@@ -12,6 +12,7 @@ import (
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
+	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -154,7 +155,7 @@ func TestLease_Turnover(t *testing.T) {
 // cutOff is an etcd that answers what is asked about leases as it once did, like a member that does not know yet that it has
 // lost the leadership.
 type cutOff struct {
-	etcd
+	etcd.API
 	once *clientv3.LeaseTimeToLiveResponse
 }
 
@@ -162,13 +163,13 @@ func (c *cutOff) TimeToLive(ctx context.Context, id clientv3.LeaseID, opts ...cl
 	if c.once != nil {
 		return c.once, nil
 	}
-	return c.etcd.TimeToLive(ctx, id, opts...)
+	return c.API.TimeToLive(ctx, id, opts...)
 }
 
 // A lease is not revoked because a member that is cut off knows of no session on it.
 func TestLease_UnusedLongAgo(t *testing.T) {
 	cli := etcdtest.New(t, etcdtest.Config{}).Client(t)
-	c := &cutOff{etcd: cli}
+	c := &cutOff{API: cli}
 	s := newStore(c, cli, defaultPrefix, nil)
 	mustCommit(t, s, "a", "x", time.Hour)
 	if err := s.Delete("a"); err != nil {
@@ -325,7 +326,7 @@ func TestLease_RBAC(t *testing.T) {
 func TestLease_Fitting(t *testing.T) {
 	now := record.Millis(1_000_000_000)
 	hour := record.Millis(time.Hour.Milliseconds())
-	p := newLeasePool(&conn{etcd: nil}, "", func() record.Millis { return now }, func(func()) {})
+	p := newLeasePool(etcd.NewClient(nil), "", func() record.Millis { return now }, func(func()) {})
 	p.open = []*lease{{id: 1, until: now + hour + hour/4, opens: record.Forever}}
 	for _, c := range []struct {
 		name string

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/seed210be38d/etcdstore/internal/etcd"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
 )
@@ -172,8 +174,8 @@ func waitAgain(err error) bool {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return false
 	}
-	k := classify(err)
-	return errors.Is(err, concurrency.ErrSessionExpired) || k == classLeaseLost || k == classCompacted || k == classTransient
+	k := etcd.Classify(err)
+	return errors.Is(err, concurrency.ErrSessionExpired) || k == etcd.LeaseLost || k == etcd.Compacted || k == etcd.Transient
 }
 
 // guard is the condition on which the holder may still write: fencing. A holder that slept through the end of its lease
@@ -188,7 +190,7 @@ func (k *lock) unlock() {
 		k.release()
 		k.done()
 	})
-	late := time.NewTimer(attemptTimeout)
+	late := time.NewTimer(etcd.AttemptTimeout)
 	defer late.Stop()
 	select {
 	case <-released:
@@ -273,7 +275,7 @@ func (l *locks) grantTo(life context.Context, lease *lockLease) error {
 	ctx, cancel := context.WithTimeout(life, l.timeout)
 	defer cancel()
 	var id clientv3.LeaseID
-	err := retry(ctx, func(ctx context.Context) error { // a grant whose answer is lost runs out
+	err := etcd.Retry(ctx, func(ctx context.Context) error { // a grant whose answer is lost runs out
 		resp, err := l.client.Grant(ctx, lockTTL)
 		if err == nil {
 			id = resp.ID
@@ -377,10 +379,10 @@ type lockKV struct {
 func (kv *lockKV) Do(ctx context.Context, op clientv3.Op) (resp clientv3.OpResponse, err error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), kv.locks.timeout)
 	defer cancel()
-	err = retry(ctx, func(ctx context.Context) (err error) {
+	err = etcd.Retry(ctx, func(ctx context.Context) (err error) {
 		resp, err = kv.KV.Do(ctx, op)
 		err = clientv3.ContextError(ctx, err)
-		if err != nil && !op.IsGet() && classify(err) == classUnknown {
+		if err != nil && !op.IsGet() && etcd.Classify(err) == etcd.Unknown {
 			kv.locks.retire(kv.lease)
 		}
 		return err

@@ -21,6 +21,9 @@ import (
 	"github.com/alexedwards/scs/v2"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	"github.com/seed210be38d/etcdstore/internal/etcd"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc/codes"
@@ -246,7 +249,7 @@ func TestExclusive_Key(t *testing.T) {
 	wantOK(t, <-answer, "/")
 	s.wantUnlocked(t)
 	hasLease := func() bool { return slices.Contains(etcdtest.Leases(t, s.admin), keys[0].lease) }
-	if !hasLease() && time.Since(began) < attemptTimeout { // it is retired when etcd takes longer to answer
+	if !hasLease() && time.Since(began) < etcd.AttemptTimeout { // it is retired when etcd takes longer to answer
 		t.Error("the lease has ended with the request")
 	}
 	s.close()

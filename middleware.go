@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"github.com/alexedwards/scs/v2"
+
+	"github.com/seed210be38d/etcdstore/internal/etcd"
 )
 
 const (
@@ -406,7 +408,7 @@ func ErrorFunc(w http.ResponseWriter, r *http.Request, err error) {
 		return
 	case errors.Is(err, ErrConflict):
 		status = http.StatusConflict
-	case errors.Is(err, ErrOutcomeUnknown), unavailable(err):
+	case errors.Is(err, ErrOutcomeUnknown), etcd.Unavailable(err):
 		status = http.StatusServiceUnavailable
 		w.Header().Set("Retry-After", "1")
 	}

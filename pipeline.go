@@ -11,6 +11,7 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 
+	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -68,7 +69,7 @@ const (
 //
 // No goroutine runs while nothing waits. The rule for when a batch may go is lane's.
 type pipeline struct {
-	conn   *conn
+	conn   *etcd.Client
 	leases *leasePool
 	prefix string
 	now    func() record.Millis
@@ -135,9 +136,9 @@ type queue struct {
 	queued  bool     // in pipeline.ready
 }
 
-func newPipeline(c *conn, leases *leasePool, prefix string, now func() record.Millis, decode func([]*mvccpb.KeyValue, int64) *version) *pipeline {
+func newPipeline(c *etcd.Client, leases *leasePool, prefix string, now func() record.Millis, decode func([]*mvccpb.KeyValue, int64) *version) *pipeline {
 	p := &pipeline{conn: c, leases: leases, prefix: prefix, now: now, decode: decode, queues: make(map[string]*queue)}
-	p.lane = lane{batch: maxBatchKeys, work: p.work}
+	p.lane = lane{batch: etcd.MaxBatchKeys, work: p.work}
 	return p
 }
 
@@ -206,7 +207,7 @@ func (p *pipeline) withdraw(ctx context.Context, o *op) error {
 		return nil
 	default:
 	}
-	err := endedError(ctx.Err(), o.last)
+	err := etcd.Ended(ctx.Err(), o.last)
 	q := p.queues[o.key]
 	if i := slices.Index(q.pending, o); i >= 0 {
 		q.pending = slices.Delete(q.pending, i, i+1)
@@ -227,7 +228,7 @@ func (p *pipeline) withdraw(ctx context.Context, o *op) error {
 func (p *pipeline) work() {
 	p.mu.Lock()
 	p.lane.took()
-	p.lane.batch = p.conn.batchKeys()
+	p.lane.batch = p.conn.BatchKeys()
 	n := min(len(p.ready), p.lane.batch)
 	type taken struct {
 		queue *queue
@@ -407,7 +408,7 @@ func (p *pipeline) putBack(q *queue, ops []*op) {
 func (p *pipeline) expired(o *op) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.abandon(o, endedError(context.DeadlineExceeded, o.last))
+	p.abandon(o, etcd.Ended(context.DeadlineExceeded, o.last))
 }
 
 // abandon is finish for an op of which it is not known what its transition would have come to: one that panicked has

@@ -22,6 +22,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
+	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -442,7 +443,7 @@ func wantBatches(t *testing.T, f *fakeEtcd, want []int, when string) {
 func TestPipeline_FullBatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
-		for i := range 2*maxBatchKeys - 1 {
+		for i := range 2*etcd.MaxBatchKeys - 1 {
 			f.seed(t, fmt.Sprint(i))
 		}
 		release := stall(t, s, f)
@@ -452,14 +453,14 @@ func TestPipeline_FullBatch(t *testing.T) {
 				results = append(results, started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
 			}
 		}
-		update(0, maxBatchKeys-1)
+		update(0, etcd.MaxBatchKeys-1)
 		wantBatches(t, f, []int{}, "one short of a full batch")
-		update(maxBatchKeys-1, maxBatchKeys)
-		wantBatches(t, f, []int{maxBatchKeys}, "with a full batch")
-		update(maxBatchKeys, 2*maxBatchKeys-1)
+		update(etcd.MaxBatchKeys-1, etcd.MaxBatchKeys)
+		wantBatches(t, f, []int{etcd.MaxBatchKeys}, "with a full batch")
+		update(etcd.MaxBatchKeys, 2*etcd.MaxBatchKeys-1)
 		wantBatches(t, f, []int{}, "one short of another full batch")
 		release()
-		wantBatches(t, f, []int{maxBatchKeys - 1}, "at the end")
+		wantBatches(t, f, []int{etcd.MaxBatchKeys - 1}, "at the end")
 		for i, result := range results {
 			wantErr(t, fmt.Sprint("update ", i), result(), nil)
 			f.wantSession(t, fmt.Sprint(i), 2, "a", 1)
@@ -514,14 +515,14 @@ func TestPipeline_FewerOperations(t *testing.T) {
 	for _, c := range []struct{ operations, sessions int }{{128, 120}, {64, 60}, {16, 15}, {4, 3}, {2, 1}} {
 		synctest.Test(t, func(t *testing.T) {
 			s, f := newFakeStore(t)
-			for i := range maxBatchKeys {
+			for i := range etcd.MaxBatchKeys {
 				f.seed(t, fmt.Sprint(i))
 			}
 			f.maxOps = c.operations
 			for range 8 {
 				release := stall(t, s, f)
 				var results []func() error
-				for i := range s.conn.batchKeys() {
+				for i := range s.conn.BatchKeys() {
 					results = append(results, started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
 				}
 				release()
@@ -529,7 +530,7 @@ func TestPipeline_FewerOperations(t *testing.T) {
 					wantErr(t, fmt.Sprint("update ", i), result(), nil)
 				}
 			}
-			if got := s.conn.batchKeys(); got != c.sessions {
+			if got := s.conn.BatchKeys(); got != c.sessions {
 				t.Errorf("with %d operations allowed, %d sessions a batch, want %d", c.operations, got, c.sessions)
 			}
 		})
@@ -952,7 +953,7 @@ func TestPipeline_LongHistory(t *testing.T) {
 		other := newFakeStoreOn(t, f)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
 		f.script(isAttempt, func(r *fakeRequest) error {
-			for range 3 * maxBatchKeys {
+			for range 3 * etcd.MaxBatchKeys {
 				wantErr(t, "another process", other.Update(t.Context(), "warm", increment), nil)
 			}
 			if err := r.apply(); err != nil {
@@ -1592,7 +1593,7 @@ func TestPipeline_TimeIsUp(t *testing.T) {
 			calls = append(calls, timed())
 		}
 		for i, call := range calls {
-			if took, err := call(); !unavailable(err) || took < s.timeout || took > s.timeout+2*attemptTimeout {
+			if took, err := call(); !etcd.Unavailable(err) || took < s.timeout || took > s.timeout+2*etcd.AttemptTimeout {
 				t.Errorf("call %d: %v after %v", i, err, took)
 			}
 		}
@@ -1869,25 +1870,5 @@ func TestPipeline_PanicOverAGuess(t *testing.T) {
 			t.Errorf("panicking: %v", err)
 		}
 		wantErr(t, "later", later(), ErrOutcomeUnknown)
-	})
-}
-
-// What was heard from etcd becomes old, and a process that has heard nothing knows nothing.
-func TestConn_Stale(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := &conn{made: time.Now()}
-		want := func(stale bool) {
-			t.Helper()
-			if c.stale() != stale {
-				t.Errorf("stale: %t", !stale)
-			}
-		}
-		want(true)
-		c.saw(&etcdserverpb.ResponseHeader{Revision: 1})
-		want(false)
-		time.Sleep(time.Second)
-		want(false)
-		time.Sleep(time.Millisecond)
-		want(true)
 	})
 }

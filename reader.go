@@ -6,6 +6,9 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
+
+	"github.com/seed210be38d/etcdstore/internal/etcd"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -19,7 +22,7 @@ import (
 // costs the server less. Both may be sent twice, so errors other than definite ones are tried again until the callers'
 // time is up: the client does that for a Get, but not for a Txn.
 type reader struct {
-	conn   *conn
+	conn   *etcd.Client
 	decode func(kvs []*mvccpb.KeyValue, asOf int64) *version
 
 	mu      sync.Mutex
@@ -39,9 +42,9 @@ type find struct {
 	err      error
 }
 
-func newReader(c *conn, decode func([]*mvccpb.KeyValue, int64) *version) *reader {
+func newReader(c *etcd.Client, decode func([]*mvccpb.KeyValue, int64) *version) *reader {
 	r := &reader{conn: c, decode: decode, waiting: make(map[string]*find)}
-	r.lane = lane{batch: maxBatchKeys, work: r.work}
+	r.lane = lane{batch: etcd.MaxBatchKeys, work: r.work}
 	return r
 }
 
@@ -65,7 +68,7 @@ func (r *reader) find(ctx context.Context, deadline time.Time, key string) (*ver
 	case <-ctx.Done():
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		return nil, endedError(ctx.Err(), f.err)
+		return nil, etcd.Ended(ctx.Err(), f.err)
 	}
 }
 
@@ -73,7 +76,7 @@ func (r *reader) find(ctx context.Context, deadline time.Time, key string) (*ver
 func (r *reader) work() {
 	r.mu.Lock()
 	r.lane.took()
-	r.lane.batch = r.conn.batchKeys()
+	r.lane.batch = r.conn.BatchKeys()
 	n := min(len(r.order), r.lane.batch)
 	batch := r.order[:n:n]
 	r.order = r.order[n:]
@@ -108,9 +111,9 @@ func (r *reader) read(batch []*find) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	var resp clientv3.OpResponse
-	err := retry(ctx, func(ctx context.Context) (err error) {
+	err := etcd.Retry(ctx, func(ctx context.Context) (err error) {
 		start := time.Now()
-		resp, err = r.conn.do(ctx, request)
+		resp, err = r.conn.Send(ctx, request)
 		r.heard(batch, start, err)
 		return err
 	})

@@ -11,6 +11,8 @@ import (
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	"github.com/seed210be38d/etcdstore/internal/etcd"
 )
 
 // fakeReads returns the tokens that a request reads, nil if it is no request of a reader.
@@ -149,14 +151,14 @@ func TestReader_FullBatch(t *testing.T) {
 				t.Errorf("reads of %d keys once %d wait, want %d", sum, to, want)
 			}
 		}
-		find(0, maxBatchKeys-1, 0)
-		find(maxBatchKeys-1, maxBatchKeys, maxBatchKeys)
-		find(maxBatchKeys, 2*maxBatchKeys-1, 0)
+		find(0, etcd.MaxBatchKeys-1, 0)
+		find(etcd.MaxBatchKeys-1, etcd.MaxBatchKeys, etcd.MaxBatchKeys)
+		find(etcd.MaxBatchKeys, 2*etcd.MaxBatchKeys-1, 0)
 		release()
 		for i, result := range results {
 			wantFind(t, fmt.Sprint("find ", i), result, nil, nil)
 		}
-		if reads := f.reads(); len(reads) != 1 || len(reads[0]) != maxBatchKeys-1 {
+		if reads := f.reads(); len(reads) != 1 || len(reads[0]) != etcd.MaxBatchKeys-1 {
 			t.Errorf("at the end reads of %v", reads)
 		}
 	})
@@ -170,7 +172,7 @@ func TestReader_FewerOperations(t *testing.T) {
 		for range 5 {
 			release := stallReads(t, s, f)
 			var results []func() (any, error)
-			for i := range s.conn.batchKeys() {
+			for i := range s.conn.BatchKeys() {
 				results = append(results, finding(t, t.Context(), s, fmt.Sprint(i)))
 			}
 			release()
@@ -178,7 +180,7 @@ func TestReader_FewerOperations(t *testing.T) {
 				wantFind(t, fmt.Sprint("find ", i), result, nil, nil)
 			}
 		}
-		if n := s.conn.batchKeys(); n != 15 {
+		if n := s.conn.BatchKeys(); n != 15 {
 			t.Errorf("%d keys a read, want 15", n)
 		}
 	})

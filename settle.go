@@ -5,6 +5,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/seed210be38d/etcdstore/internal/etcd"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -13,18 +15,18 @@ import (
 func (p *pipeline) send(batch []*attempt) {
 	var last error
 	batch = p.begin(batch)
-	for b := (backoff{}); ; {
+	for b := (etcd.Backoff{}); ; {
 		if batch = keep(batch, func(a *attempt) bool { return !p.overdue(a, last) }); len(batch) == 0 {
 			return
 		}
-		resp, err := p.request(batch, min(b.timeout(), remaining(batch)))
+		resp, err := p.request(batch, min(b.Timeout(), remaining(batch)))
 		if err == nil {
 			batch = p.settle(batch, resp)
 			continue
 		}
 		last = err
 		if batch = p.refused(batch, err); len(batch) > 0 {
-			b.wait(context.Background())
+			b.Wait(context.Background())
 		}
 	}
 }
@@ -48,7 +50,7 @@ func remaining(batch []*attempt) time.Duration {
 func (p *pipeline) overdue(a *attempt, last error) bool {
 	now := time.Now()
 	late := func(o *op) bool { return !o.deadline.After(now) }
-	cause := endedError(context.DeadlineExceeded, last)
+	cause := etcd.Ended(context.DeadlineExceeded, last)
 	switch {
 	case !slices.ContainsFunc(a.ops, late):
 		return false
@@ -98,7 +100,7 @@ func (p *pipeline) within(a *attempt, f func(ctx context.Context) error) error {
 // begin marks attempts as sent, from where on their callers can no longer be told that nothing happened. Attempts
 // with a call that was told so already are folded again without it.
 func (p *pipeline) begin(batch []*attempt) []*attempt {
-	since := p.conn.revision.Load()
+	since := p.conn.Latest()
 	return keep(batch, func(a *attempt) bool {
 		if p.markSent(a, since) {
 			return true
@@ -139,7 +141,7 @@ func (p *pipeline) request(batch []*attempt, timeout time.Duration) (*clientv3.T
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	start := time.Now()
-	resp, err := p.conn.do(ctx, batchOp(batch))
+	resp, err := p.conn.Send(ctx, batchOp(batch))
 	if err != nil {
 		return nil, err
 	}
@@ -181,8 +183,8 @@ func (p *pipeline) look(a *attempt) {
 	gets := a.gets()
 	var ans answer
 	err := p.within(a, func(ctx context.Context) error {
-		return retry(ctx, func(ctx context.Context) error {
-			resp, err := p.conn.do(ctx, clientv3.OpTxn(nil, gets, nil))
+		return etcd.Retry(ctx, func(ctx context.Context) error {
+			resp, err := p.conn.Send(ctx, clientv3.OpTxn(nil, gets, nil))
 			if err == nil {
 				ans.read(p, resp.Txn().Responses, resp.Txn().Header.Revision)
 			}
@@ -324,18 +326,18 @@ func (p *pipeline) inHistory(ctx context.Context, a *attempt, last int64) (*vers
 		from++
 	}
 	for rev := from; rev <= last; {
-		n := min(last-rev+1, int64(p.conn.batchKeys()))
+		n := min(last-rev+1, int64(p.conn.BatchKeys()))
 		gets := make([]clientv3.Op, n)
 		for i := range gets {
 			gets[i] = clientv3.OpGet(a.queue.key, clientv3.WithRev(rev+int64(i)))
 		}
 		var resp *clientv3.TxnResponse
-		err := retry(ctx, func(ctx context.Context) error {
-			answer, err := p.conn.do(ctx, clientv3.OpTxn(nil, gets, nil))
+		err := etcd.Retry(ctx, func(ctx context.Context) error {
+			answer, err := p.conn.Send(ctx, clientv3.OpTxn(nil, gets, nil))
 			resp = answer.Txn()
 			return err
 		})
-		if classify(err) == classTooManyOps && n > int64(p.conn.batchKeys()) {
+		if etcd.Classify(err) == etcd.TooManyOps && n > int64(p.conn.BatchKeys()) {
 			continue // batches have become smaller
 		}
 		if err != nil {
@@ -360,8 +362,8 @@ func (p *pipeline) inHistory(ctx context.Context, a *attempt, last int64) (*vers
 // refused handles an error of the whole request. It returns the attempts that must be sent again as they are.
 func (p *pipeline) refused(batch []*attempt, err error) []*attempt {
 	p.heard(batch, err)
-	switch k := classify(err); {
-	case k == classUnknown:
+	switch k := etcd.Classify(err); {
+	case k == etcd.Unknown:
 		return keep(batch, func(a *attempt) bool {
 			a.unknown = true
 			if a.kind == writePut && a.base.rev == 0 {
@@ -371,12 +373,12 @@ func (p *pipeline) refused(batch []*attempt, err error) []*attempt {
 			}
 			return true
 		})
-	case k == classTransient:
+	case k == etcd.Transient:
 		return batch
 	case len(batch) > 1:
 		// One attempt can fail them all. Each alone is settled by its own answer.
 		for _, a := range batch {
-			if k == classNoSpace && !a.unknown {
+			if k == etcd.NoSpace && !a.unknown {
 				go p.settleRefused(a, err, true)
 			} else {
 				go p.send([]*attempt{a})
@@ -389,16 +391,16 @@ func (p *pipeline) refused(batch []*attempt, err error) []*attempt {
 
 // refusedAlone handles a definite error to a lone attempt.
 func (p *pipeline) refusedAlone(a *attempt, err error) []*attempt {
-	switch k := classify(err); {
-	case k == classLeaseLost && a.seat.lease != nil:
+	switch k := etcd.Classify(err); {
+	case k == etcd.LeaseLost && a.seat.lease != nil:
 		p.leases.lost(a.seat.lease)
 		p.leave(a)
 		go p.dispatch([]*attempt{a})
 	case a.unknown:
 		return []*attempt{a} // this send was refused, an earlier one may yet be applied
-	case k == classNoSpace:
+	case k == etcd.NoSpace:
 		go p.settleRefused(a, err, false)
-	case k == classTooLarge:
+	case k == etcd.TooLarge:
 		p.fail(a, ErrTooLarge)
 	default:
 		p.fail(a, err)
@@ -453,8 +455,8 @@ func (p *pipeline) settleRefused(a *attempt, refusal error, batched bool) {
 // read returns an attempt's session as it is.
 func (p *pipeline) read(a *attempt) (v *version, err error) {
 	err = p.within(a, func(ctx context.Context) error {
-		return retry(ctx, func(ctx context.Context) error {
-			resp, err := p.conn.do(ctx, clientv3.OpGet(a.queue.key))
+		return etcd.Retry(ctx, func(ctx context.Context) error {
+			resp, err := p.conn.Send(ctx, clientv3.OpGet(a.queue.key))
 			if err == nil {
 				v = p.decode(resp.Get().Kvs, resp.Get().Header.Revision)
 			}

@@ -11,6 +11,9 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/seed210be38d/etcdstore/internal/etcd"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -50,7 +53,7 @@ func TestPipeline_HistoryWithFewerOperations(t *testing.T) {
 		})
 		wantErr(t, "ours", committing(t, s, "a", time.Hour, "n", 1)(), nil)
 		f.wantSession(t, "a", 2)
-		if k := s.conn.batchKeys(); k != 60 {
+		if k := s.conn.BatchKeys(); k != 60 {
 			t.Errorf("%d operations a request after 120 were too many, want 60", k)
 		}
 	})
@@ -61,7 +64,7 @@ func TestPipeline_HalvedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		f.maxOps = 100
-		const n = 6 * maxBatchKeys
+		const n = 6 * etcd.MaxBatchKeys
 		for i := range n {
 			f.seed(t, fmt.Sprint(i))
 		}
@@ -75,7 +78,7 @@ func TestPipeline_HalvedOnce(t *testing.T) {
 			wantErr(t, "update", r(), nil)
 			f.wantSession(t, fmt.Sprint(i), 2, "a", 1)
 		}
-		if k := s.conn.batchKeys(); k != 60 {
+		if k := s.conn.BatchKeys(); k != 60 {
 			t.Errorf("%d sessions a batch where 60 would do", k)
 		}
 	})

@@ -8,6 +8,7 @@ import (
 
 	"github.com/alexedwards/scs/v2"
 
+	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -32,7 +33,7 @@ type EtcdStore struct {
 	clock    record.Clock
 	prefix   string
 	client   *clientv3.Client
-	conn     *conn
+	conn     *etcd.Client
 	leases   *leasePool
 	reader   *reader
 	pipeline *pipeline
@@ -65,10 +66,10 @@ func NewWithPrefix(client *clientv3.Client, prefix string, opts ...Option) *Etcd
 	return newStore(client, client, prefix, opts)
 }
 
-func newStore(api etcd, client *clientv3.Client, prefix string, opts []Option) *EtcdStore {
+func newStore(api etcd.API, client *clientv3.Client, prefix string, opts []Option) *EtcdStore {
 	e := &EtcdStore{
 		options: newOptions(opts), clock: record.Clock{Wall: time.Now},
-		prefix: prefix, client: client, conn: &conn{etcd: api, made: time.Now()},
+		prefix: prefix, client: client, conn: etcd.NewClient(api),
 	}
 	e.leases = newLeasePool(e.conn, prefix+reserved+"lease/", e.clock.WallTime, e.background.Go)
 	e.reader = newReader(e.conn, e.decodeVersion)
@@ -146,7 +147,7 @@ func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expir
 		if t != nil {
 			o.guard = t.guard
 		}
-		if t == nil || e.conn.stale() { // nothing is known, or not lately: a failed guess costs more than a read
+		if t == nil || e.conn.Stale() { // nothing is known, or not lately: a failed guess costs more than a read
 			v, err := e.reader.find(ctx, deadline, o.key)
 			if err != nil {
 				return err
@@ -181,7 +182,7 @@ func (e *EtcdStore) DeleteCtx(ctx context.Context, token string) error {
 		t, k := e.transactionOf(ctx), readKey{e, token}
 		r, ok := t.read(k)
 		o := &op{key: e.prefix + token, change: remove{}, hint: r.version}
-		if !ok || e.conn.stale() {
+		if !ok || e.conn.Stale() {
 			v, err := e.reader.find(ctx, deadline, o.key)
 			if err != nil {
 				return err
@@ -219,7 +220,7 @@ func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 		t := e.transactionOf(ctx)
 		for {
 			versions, err := e.list(bounded)
-			if classify(err) == classCompacted {
+			if etcd.Classify(err) == etcd.Compacted {
 				continue // from the start, at the revision that etcd has by now
 			}
 			if err != nil {
@@ -248,8 +249,8 @@ func (e *EtcdStore) list(ctx context.Context) (map[string]*version, error) {
 	}
 	for rev := int64(0); ; {
 		var page *clientv3.GetResponse
-		err := retry(ctx, func(ctx context.Context) error {
-			resp, err := e.conn.do(ctx, clientv3.OpGet(from, clientv3.WithRange(end), clientv3.WithLimit(pageKeys), clientv3.WithRev(rev)))
+		err := etcd.Retry(ctx, func(ctx context.Context) error {
+			resp, err := e.conn.Send(ctx, clientv3.OpGet(from, clientv3.WithRange(end), clientv3.WithLimit(pageKeys), clientv3.WithRev(rev)))
 			page = resp.Get()
 			return err
 		})

@@ -19,6 +19,7 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
+	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -740,7 +741,7 @@ func TestStore_NoEtcd(t *testing.T) {
 				t.Errorf("%s: the message names the %s: %v", call, leak, err)
 			}
 		}
-		if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrOutcomeUnknown) || !unavailable(err) {
+		if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrOutcomeUnknown) || !etcd.Unavailable(err) {
 			t.Errorf("%s: %v", call, err)
 		}
 	}

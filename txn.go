@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -382,7 +383,7 @@ func (e *EtcdStore) withExpiry(ctx context.Context, deadline time.Time, v *versi
 	if v.lease != 0 {
 		ctx, cancel := context.WithDeadline(ctx, deadline)
 		defer cancel()
-		err := retry(ctx, func(ctx context.Context) error {
+		err := etcd.Retry(ctx, func(ctx context.Context) error {
 			resp, err := e.conn.TimeToLive(ctx, v.lease)
 			if err == nil {
 				expiry = e.clock.Now().Plus(time.Duration(resp.TTL) * time.Second)
