@@ -407,7 +407,7 @@ func idle(s *EtcdStore) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(p.queues) == 0 && p.ready == nil && len(r.waiting) == 0 && r.order == nil &&
-		p.lane.total == 0 && r.lane.total == 0 && s.implicit.len() == 0
+		p.lane.Idle() && r.lane.Idle() && s.implicit.len() == 0
 }
 
 // heap returns how much memory is in use.

@@ -7,7 +7,6 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -20,13 +19,12 @@ import (
 	"github.com/alexedwards/scs/v2"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/replay"
 )
 
 const (
 	// maxRuns bounds how often Retry runs a handler for one request.
 	maxRuns = 64
-	// maxReplay is how much of a request's body Retry keeps.
-	maxReplay = 1 << 20
 	// maxTurn is how long a request that has lost waits for others of its session that have.
 	maxTurn = time.Second
 )
@@ -54,7 +52,7 @@ const (
 func (e *EtcdStore) Retry(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		header := w.Header().Clone()
-		body := &replay{source: r.Body}
+		body := replay.New(r.Body)
 		giveBack := func() {}
 		var stale []string
 		for n := 1; ; n++ {
@@ -96,7 +94,7 @@ type run struct {
 	http.ResponseWriter
 	transaction *transaction
 	guarded     bool // by an Exclusive outside of Retry
-	body        *replay
+	body        *replay.Body
 	cancel      context.CancelFunc // of the run's context
 	giveBack    func()             // the turn; it may be called again
 	stale       []string           // cookies that the run must not set
@@ -117,7 +115,7 @@ const (
 	dropped
 )
 
-func newRun(w http.ResponseWriter, r *http.Request, body *replay, giveBack func()) *run {
+func newRun(w http.ResponseWriter, r *http.Request, body *replay.Body, giveBack func()) *run {
 	t := newRequestTransaction()
 	if outer := explicit(r.Context()); outer != nil {
 		t.guard = outer.guard
@@ -134,7 +132,7 @@ func (w *run) serve(next http.Handler, r *http.Request) (lost bool) {
 	ctx = context.WithValue(ctx, contextKey{}, w.transaction)
 	again := r.Clone(context.WithValue(ctx, runKey{}, w))
 	if r.Body != nil && r.Body != http.NoBody {
-		again.Body = w.body.rewind()
+		again.Body = w.body.Rewind()
 	}
 	defer func() {
 		if w.verdict != dropped {
@@ -165,7 +163,7 @@ func (w *run) lost() bool {
 		return false
 	case w.guarded && errors.Is(err, errLockLost):
 		return false // and a repeated run would lose in the same way
-	case !w.body.seal():
+	case !w.body.Seal():
 		return false // it cannot be repeated; scs's ErrorFunc has answered
 	}
 	w.verdict, w.token, w.defeat = dropped, token, err
@@ -254,90 +252,6 @@ func (w *run) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 
 // Unwrap gives http.ResponseController what does not concern the response: deadlines, full duplex.
 func (w *run) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-// replay is a request's body that can be read again, as far as it was read, up to maxReplay bytes. As the bodies of
-// net/http it may be read by a goroutine of its own, also one that a handler has left behind.
-type replay struct {
-	reading sync.Mutex // held while source is read; taken before mu
-	source  io.ReadCloser
-
-	mu         sync.Mutex
-	reader     *replayReader // of the current run
-	kept       []byte
-	overflowed bool  // there was more than is kept
-	sealed     bool  // the current run will be repeated: it gets no more than is kept
-	err        error // the source's last, io.EOF mostly
-}
-
-// rewind returns the body from its start.
-func (p *replay) rewind() io.ReadCloser {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.reader, p.sealed = &replayReader{replay: p}, false
-	return p.reader
-}
-
-// seal makes sure that the body stays repeatable. It reports false where it is not.
-func (p *replay) seal() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.sealed = !p.overflowed
-	return p.sealed
-}
-
-// replayReader is the body of one run.
-type replayReader struct {
-	*replay
-	at int // guarded by replay.reading
-}
-
-func (r *replayReader) Read(b []byte) (int, error) {
-	r.reading.Lock()
-	defer r.reading.Unlock()
-	if n, done, err := r.again(b); done {
-		return n, err
-	}
-	n, err := r.source.Read(b)
-	r.keep(b[:n], err)
-	return n, err
-}
-
-// again reads what was read before. It reports whether that is all that the Read gets.
-func (r *replayReader) again(b []byte) (n int, done bool, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	switch {
-	case r.reader != r:
-		return 0, true, http.ErrBodyReadAfterClose
-	case r.at < len(r.kept):
-		n = copy(b, r.kept[r.at:])
-		r.at += n
-		return n, true, nil
-	case r.err != nil:
-		return 0, true, r.err
-	case r.sealed && len(r.kept) >= maxReplay:
-		return 0, true, ErrConflict
-	}
-	return 0, false, nil
-}
-
-// keep keeps what was read, unless it is too much for a run that may still pass.
-func (r *replayReader) keep(b []byte, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.err = err
-	switch repeated := r.sealed || r.reader != r; {
-	case r.overflowed:
-	case !repeated && len(r.kept)+len(b) > maxReplay:
-		r.overflowed, r.kept, r.at = true, nil, 0
-	default:
-		r.kept = append(r.kept, b...)
-		r.at += len(b)
-	}
-}
-
-// Close does nothing: the next run may read on. The server closes the source.
-func (*replayReader) Close() error { return nil }
 
 // Exclusive lets one request of a session run at a time, over all machines that share the store. It is for handlers with
 // effects beside the session, such as a payment. sm is the session manager whose cookie names the session; Exclusive

@@ -12,6 +12,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/limit"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -78,7 +79,7 @@ type pipeline struct {
 	mu     sync.Mutex
 	queues map[string]*queue // the sessions that have something pending or in flight
 	ready  []*queue          // those with something pending and nothing in flight, first come, first served
-	lane   lane
+	lane   limit.Limiter
 	busy   sync.WaitGroup // transitions
 }
 
@@ -138,7 +139,7 @@ type queue struct {
 
 func newPipeline(c *etcd.Client, leases *leasePool, prefix string, now func() record.Millis, decode func([]*mvccpb.KeyValue, int64) *version) *pipeline {
 	p := &pipeline{conn: c, leases: leases, prefix: prefix, now: now, decode: decode, queues: make(map[string]*queue)}
-	p.lane = lane{batch: etcd.MaxBatchKeys, work: p.work}
+	p.lane = limit.New(etcd.MaxBatchKeys, p.work)
 	return p
 }
 
@@ -193,7 +194,7 @@ func (p *pipeline) offer(q *queue) {
 	default:
 		q.queued = true
 		p.ready = append(p.ready, q)
-		p.lane.kick(len(p.ready))
+		p.lane.Offer(len(p.ready))
 	}
 }
 
@@ -227,9 +228,7 @@ func (p *pipeline) withdraw(ctx context.Context, o *op) error {
 // work carries one batch.
 func (p *pipeline) work() {
 	p.mu.Lock()
-	p.lane.took()
-	p.lane.batch = p.conn.BatchKeys()
-	n := min(len(p.ready), p.lane.batch)
+	n := min(len(p.ready), p.lane.Took(p.conn.BatchKeys()))
 	type taken struct {
 		queue *queue
 		ops   []*op
@@ -246,7 +245,7 @@ func (p *pipeline) work() {
 	if p.ready = p.ready[n:]; len(p.ready) == 0 {
 		p.ready = nil
 	}
-	end := p.lane.begin(&p.mu, func() int { return len(p.ready) })
+	end := p.lane.Carry(&p.mu, func() int { return len(p.ready) })
 	p.mu.Unlock()
 	defer end()
 

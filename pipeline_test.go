@@ -23,6 +23,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/limit"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -68,9 +69,9 @@ func wantIdle(t *testing.T, s *EtcdStore) {
 	if len(r.waiting) > 0 || r.order != nil {
 		t.Errorf("the reader has %d keys waiting, %d in order", len(r.waiting), len(r.order))
 	}
-	for name, l := range map[string]*lane{"writes": &p.lane, "reads": &r.lane} {
-		if l.starting != 0 || l.counted != 0 || l.total != 0 {
-			t.Errorf("the lane of %s has %d workers starting, %d counted, %d in all", name, l.starting, l.counted, l.total)
+	for name, l := range map[string]*limit.Limiter{"writes": &p.lane, "reads": &r.lane} {
+		if !l.Idle() {
+			t.Errorf("batches of %s are starting or in flight", name)
 		}
 	}
 }
@@ -269,8 +270,8 @@ func stall(t *testing.T, s *EtcdStore, f *fakeEtcd) (release func()) {
 	for _, token := range tokens {
 		results = append(results, started(func() error { return s.Update(t.Context(), token, setting("a", 1)) }))
 	}
-	if n := len(f.batches()); n != newInFlight {
-		t.Fatalf("%d batches are in flight, want %d", n, newInFlight)
+	if n := len(f.batches()); n != limit.Initial {
+		t.Fatalf("%d batches are in flight, want %d", n, limit.Initial)
 	}
 	return func() {
 		t.Helper()
@@ -1193,7 +1194,7 @@ func TestPipeline_Idle(t *testing.T) {
 		synctest.Wait()
 		stacks := make([]byte, 8<<20)
 		stacks = stacks[:runtime.Stack(stacks, true)]
-		for _, owner := range []string{"pipeline", "reader", "leasePool", "lane"} {
+		for _, owner := range []string{"pipeline", "reader", "leasePool", "Limiter"} {
 			if bytes.Contains(stacks, []byte("etcdstore.(*"+owner+").")) {
 				t.Errorf("a goroutine of the %s is left:\n%s", owner, stacks)
 			}

@@ -8,6 +8,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/limit"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -28,7 +29,7 @@ type reader struct {
 	mu      sync.Mutex
 	waiting map[string]*find
 	order   []*find // first come, first served
-	lane    lane
+	lane    limit.Limiter
 	busy    sync.WaitGroup
 }
 
@@ -44,7 +45,7 @@ type find struct {
 
 func newReader(c *etcd.Client, decode func([]*mvccpb.KeyValue, int64) *version) *reader {
 	r := &reader{conn: c, decode: decode, waiting: make(map[string]*find)}
-	r.lane = lane{batch: etcd.MaxBatchKeys, work: r.work}
+	r.lane = limit.New(etcd.MaxBatchKeys, r.work)
 	return r
 }
 
@@ -57,7 +58,7 @@ func (r *reader) find(ctx context.Context, deadline time.Time, key string) (*ver
 		r.waiting[key] = f
 		r.order = append(r.order, f)
 		r.busy.Add(1)
-		r.lane.kick(len(r.order))
+		r.lane.Offer(len(r.order))
 	} else if deadline.After(f.deadline) {
 		f.deadline = deadline
 	}
@@ -75,9 +76,7 @@ func (r *reader) find(ctx context.Context, deadline time.Time, key string) (*ver
 // work carries one batch.
 func (r *reader) work() {
 	r.mu.Lock()
-	r.lane.took()
-	r.lane.batch = r.conn.BatchKeys()
-	n := min(len(r.order), r.lane.batch)
+	n := min(len(r.order), r.lane.Took(r.conn.BatchKeys()))
 	batch := r.order[:n:n]
 	r.order = r.order[n:]
 	if len(r.order) == 0 {
@@ -86,7 +85,7 @@ func (r *reader) work() {
 	for _, f := range batch {
 		delete(r.waiting, f.key)
 	}
-	end := r.lane.begin(&r.mu, func() int { return len(r.order) })
+	end := r.lane.Carry(&r.mu, func() int { return len(r.order) })
 	r.mu.Unlock()
 	if n > 0 {
 		r.read(batch)
@@ -144,7 +143,7 @@ func (r *reader) heard(batch []*find, start time.Time, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if err == nil {
-		r.lane.observe(now.Sub(start), now)
+		r.lane.Observe(now.Sub(start), now)
 		return
 	}
 	for _, f := range batch {

@@ -13,6 +13,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/limit"
 )
 
 // fakeReads returns the tokens that a request reads, nil if it is no request of a reader.
@@ -74,11 +75,11 @@ func stallReads(t *testing.T, s *EtcdStore, f *fakeEtcd) (release func()) {
 	t.Helper()
 	f.reads()
 	release = f.hold(isRead)
-	for range newInFlight {
+	for range limit.Initial {
 		finding(t, t.Context(), s, "stalled")
 	}
-	if n := len(f.reads()); n != newInFlight {
-		t.Fatalf("%d reads are in flight, want %d", n, newInFlight)
+	if n := len(f.reads()); n != limit.Initial {
+		t.Fatalf("%d reads are in flight, want %d", n, limit.Initial)
 	}
 	return release
 }

@@ -147,7 +147,7 @@ func (p *pipeline) request(batch []*attempt, timeout time.Duration) (*clientv3.T
 	}
 	now := time.Now()
 	p.mu.Lock()
-	p.lane.observe(now.Sub(start), now)
+	p.lane.Observe(now.Sub(start), now)
 	p.mu.Unlock()
 	return resp.Txn(), nil
 }

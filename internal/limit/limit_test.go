@@ -1,4 +1,4 @@
-package etcdstore
+package limit
 
 import (
 	"math/rand/v2"
@@ -9,43 +9,43 @@ import (
 	"time"
 )
 
-func TestLane_Kick(t *testing.T) {
+func TestLimiter_Offer(t *testing.T) {
 	const ms = time.Millisecond
 	for name, c := range map[string]struct {
-		lane    lane
+		Limiter Limiter
 		waiting int
 		want    int // workers that start
 	}{
-		"nothing waits":                         {lane{}, 0, 0},
-		"one waits":                             {lane{}, 1, 1},
-		"one batch waits":                       {lane{}, 10, 1},
-		"more than a batch waits":               {lane{}, 11, 2},
-		"more than the limit, not full":         {lane{}, 25, 2},
-		"more than the limit, full":             {lane{}, 35, 3},
-		"a starting worker will take it":        {lane{starting: 1, counted: 1, total: 1}, 10, 0},
-		"a starting worker will not take all":   {lane{starting: 1, counted: 1, total: 1}, 11, 1},
-		"one in flight":                         {lane{counted: 1, total: 1}, 1, 1},
-		"two in flight":                         {lane{counted: 2, total: 2}, 9, 0},
-		"two in flight, full":                   {lane{counted: 2, total: 2}, 10, 1},
-		"two in flight, full and a rest":        {lane{counted: 2, total: 2}, 19, 1},
-		"63 in flight, full":                    {lane{counted: 63, total: 63}, 100, 1},
-		"64 in flight, full":                    {lane{counted: 64, total: 64}, 100, 0},
-		"64 in flight, all stuck":               {lane{counted: 0, total: 64}, 1, 1},
-		"as fast as ever, 15 in flight":         {lane{average: ms, least: [2]time.Duration{ms}, counted: 15, total: 15}, 5, 1},
-		"as fast as ever, 16 in flight":         {lane{average: ms, least: [2]time.Duration{ms}, counted: 16, total: 16}, 5, 0},
-		"half as fast, 3 in flight":             {lane{average: 2 * ms, least: [2]time.Duration{ms}, counted: 3, total: 3}, 5, 1},
-		"half as fast, 4 in flight":             {lane{average: 2 * ms, least: [2]time.Duration{ms}, counted: 4, total: 4}, 5, 0},
-		"far slower, 1 in flight":               {lane{average: 99 * ms, least: [2]time.Duration{ms}, counted: 1, total: 1}, 5, 0},
-		"far slower, nothing waits":             {lane{average: 99 * ms, least: [2]time.Duration{ms}}, 0, 0},
-		"as fast as ever, nothing waits":        {lane{average: ms, least: [2]time.Duration{ms}}, 0, 0},
-		"as fast as ever, many wait, not full":  {lane{average: ms, least: [2]time.Duration{ms}, batch: 100}, 99, 1},
-		"two in flight, starting, nothing else": {lane{starting: 2, counted: 2, total: 2}, 20, 0},
+		"nothing waits":                         {Limiter{}, 0, 0},
+		"one waits":                             {Limiter{}, 1, 1},
+		"one batch waits":                       {Limiter{}, 10, 1},
+		"more than a batch waits":               {Limiter{}, 11, 2},
+		"more than the limit, not full":         {Limiter{}, 25, 2},
+		"more than the limit, full":             {Limiter{}, 35, 3},
+		"a starting worker will take it":        {Limiter{starting: 1, counted: 1, total: 1}, 10, 0},
+		"a starting worker will not take all":   {Limiter{starting: 1, counted: 1, total: 1}, 11, 1},
+		"one in flight":                         {Limiter{counted: 1, total: 1}, 1, 1},
+		"two in flight":                         {Limiter{counted: 2, total: 2}, 9, 0},
+		"two in flight, full":                   {Limiter{counted: 2, total: 2}, 10, 1},
+		"two in flight, full and a rest":        {Limiter{counted: 2, total: 2}, 19, 1},
+		"63 in flight, full":                    {Limiter{counted: 63, total: 63}, 100, 1},
+		"64 in flight, full":                    {Limiter{counted: 64, total: 64}, 100, 0},
+		"64 in flight, all stuck":               {Limiter{counted: 0, total: 64}, 1, 1},
+		"as fast as ever, 15 in flight":         {Limiter{average: ms, least: [2]time.Duration{ms}, counted: 15, total: 15}, 5, 1},
+		"as fast as ever, 16 in flight":         {Limiter{average: ms, least: [2]time.Duration{ms}, counted: 16, total: 16}, 5, 0},
+		"half as fast, 3 in flight":             {Limiter{average: 2 * ms, least: [2]time.Duration{ms}, counted: 3, total: 3}, 5, 1},
+		"half as fast, 4 in flight":             {Limiter{average: 2 * ms, least: [2]time.Duration{ms}, counted: 4, total: 4}, 5, 0},
+		"far slower, 1 in flight":               {Limiter{average: 99 * ms, least: [2]time.Duration{ms}, counted: 1, total: 1}, 5, 0},
+		"far slower, nothing waits":             {Limiter{average: 99 * ms, least: [2]time.Duration{ms}}, 0, 0},
+		"as fast as ever, nothing waits":        {Limiter{average: ms, least: [2]time.Duration{ms}}, 0, 0},
+		"as fast as ever, many wait, not full":  {Limiter{average: ms, least: [2]time.Duration{ms}, batch: 100}, 99, 1},
+		"two in flight, starting, nothing else": {Limiter{starting: 2, counted: 2, total: 2}, 20, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var mu sync.Mutex
 				started := 0
-				l := c.lane
+				l := c.Limiter
 				if l.batch == 0 {
 					l.batch = 10
 				}
@@ -56,7 +56,7 @@ func TestLane_Kick(t *testing.T) {
 				}
 				before := l
 				mu.Lock()
-				l.kick(c.waiting)
+				l.Offer(c.waiting)
 				mu.Unlock()
 				synctest.Wait()
 				if started != c.want {
@@ -71,7 +71,7 @@ func TestLane_Kick(t *testing.T) {
 	}
 }
 
-func TestLane_Limit(t *testing.T) {
+func TestLimiter_Limit(t *testing.T) {
 	for _, c := range []struct {
 		least   [2]time.Duration
 		average time.Duration
@@ -89,21 +89,21 @@ func TestLane_Limit(t *testing.T) {
 		{[2]time.Duration{10, 0}, 29, 1},
 		{[2]time.Duration{10, 0}, 1000, 1},
 	} {
-		l := lane{least: c.least, average: c.average}
+		l := Limiter{least: c.least, average: c.average}
 		if got := l.limit(); got != c.want {
 			t.Errorf("least %v, average %v: %d, want %d", c.least, c.average, got, c.want)
 		}
 	}
 }
 
-func TestLane_Observe(t *testing.T) {
-	var l lane
+func TestLimiter_Observe(t *testing.T) {
+	var l Limiter
 	now := time.Unix(0, 0)
 	observe := func(n int, latency time.Duration, want int) {
 		t.Helper()
 		for range n {
 			now = now.Add(10 * time.Millisecond)
-			l.observe(latency, now)
+			l.Observe(latency, now)
 			if got := l.limit(); got < minInFlight || got > maxInFlight {
 				t.Fatalf("a limit of %d", got)
 			}
@@ -127,7 +127,7 @@ func TestLane_Observe(t *testing.T) {
 // laneQueue is a queue of items that a lane has carried.
 type laneQueue struct {
 	mu      sync.Mutex
-	lane    lane
+	Limiter Limiter
 	waiting int
 	taken   []int       // the sizes of the batches
 	carry   func(i int) // takes as long as the i-th batch does
@@ -135,24 +135,23 @@ type laneQueue struct {
 
 func newLaneQueue(batch int, carry func(i int)) *laneQueue {
 	q := &laneQueue{carry: carry}
-	q.lane = lane{batch: batch, work: q.work}
+	q.Limiter = New(batch, q.work)
 	return q
 }
 
 func (q *laneQueue) work() {
 	q.mu.Lock()
-	q.lane.took()
-	n := min(q.waiting, q.lane.batch)
+	n := min(q.waiting, q.Limiter.Took(q.Limiter.batch))
 	q.waiting -= n
 	i := len(q.taken)
 	q.taken = append(q.taken, n)
-	end := q.lane.begin(&q.mu, func() int { return q.waiting })
+	end := q.Limiter.Carry(&q.mu, func() int { return q.waiting })
 	q.mu.Unlock()
 	start := time.Now()
 	q.carry(i)
 	now := time.Now()
 	q.mu.Lock()
-	q.lane.observe(now.Sub(start), now)
+	q.Limiter.Observe(now.Sub(start), now)
 	q.mu.Unlock()
 	end()
 }
@@ -161,7 +160,7 @@ func (q *laneQueue) add(n int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.waiting += n
-	q.lane.kick(q.waiting)
+	q.Limiter.Offer(q.waiting)
 }
 
 func (q *laneQueue) want(t *testing.T, counted, total int, taken ...int) {
@@ -169,8 +168,8 @@ func (q *laneQueue) want(t *testing.T, counted, total int, taken ...int) {
 	synctest.Wait()
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.lane.counted != counted || q.lane.total != total || q.lane.starting != 0 {
-		t.Errorf("%d batches count of %d, %d starting, want %d of %d", q.lane.counted, q.lane.total, q.lane.starting, counted, total)
+	if q.Limiter.counted != counted || q.Limiter.total != total || q.Limiter.starting != 0 {
+		t.Errorf("%d batches count of %d, %d starting, want %d of %d", q.Limiter.counted, q.Limiter.total, q.Limiter.starting, counted, total)
 	}
 	if !slices.Equal(q.taken, taken) {
 		t.Fatalf("batches of %v, want %v", q.taken, taken)
@@ -178,7 +177,7 @@ func (q *laneQueue) want(t *testing.T, counted, total int, taken ...int) {
 }
 
 // What waits goes when a batch ends, and a batch that is stuck makes room before.
-func TestLane_Stuck(t *testing.T) {
+func TestLimiter_Stuck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		gates := make([]chan struct{}, 10)
 		for i := range gates {
@@ -210,13 +209,13 @@ func TestLane_Stuck(t *testing.T) {
 }
 
 // Callers that can already run join the batch of a starting worker.
-func TestLane_Joins(t *testing.T) {
+func TestLimiter_Joins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := newLaneQueue(10, func(int) {})
 		q.mu.Lock()
 		for range 7 {
 			q.waiting++
-			q.lane.kick(q.waiting)
+			q.Limiter.Offer(q.waiting)
 		}
 		q.mu.Unlock()
 		q.want(t, 0, 0, 7)
@@ -224,7 +223,7 @@ func TestLane_Joins(t *testing.T) {
 }
 
 // Whatever comes when, and however long it takes, all of it is carried, and never by more workers than the rule allows.
-func TestLane_Random(t *testing.T) {
+func TestLimiter_Random(t *testing.T) {
 	for seed := range uint64(50) {
 		synctest.Test(t, func(t *testing.T) {
 			rng := rand.New(rand.NewPCG(seed, 0))
@@ -244,8 +243,8 @@ func TestLane_Random(t *testing.T) {
 				q.add(n)
 				sum += n
 				q.mu.Lock()
-				rest := q.waiting - q.lane.starting*q.lane.batch
-				if l := q.lane; rest > 0 && (l.counted < l.limit() || rest >= l.batch && l.total < maxFull) {
+				rest := q.waiting - q.Limiter.starting*q.Limiter.batch
+				if l := q.Limiter; rest > 0 && (l.counted < l.limit() || rest >= l.batch && l.total < maxFull) {
 					t.Errorf("%d wait, %d batches count of %d, the limit is %d", rest, l.counted, l.total, l.limit())
 				}
 				q.mu.Unlock()
@@ -256,8 +255,8 @@ func TestLane_Random(t *testing.T) {
 			for _, n := range q.taken {
 				sum -= n
 			}
-			if sum != 0 || q.waiting != 0 || q.lane.counted != 0 || q.lane.total != 0 || q.lane.starting != 0 {
-				t.Errorf("seed %d: %d not carried, %d wait, %d batches count of %d, %d starting", seed, sum, q.waiting, q.lane.counted, q.lane.total, q.lane.starting)
+			if sum != 0 || q.waiting != 0 || q.Limiter.counted != 0 || q.Limiter.total != 0 || q.Limiter.starting != 0 {
+				t.Errorf("seed %d: %d not carried, %d wait, %d batches count of %d, %d starting", seed, sum, q.waiting, q.Limiter.counted, q.Limiter.total, q.Limiter.starting)
 			}
 		})
 	}

@@ -1,4 +1,5 @@
-package etcdstore
+// Package limit decides how many batches of a queue may be on their way to etcd at a time.
+package limit
 
 import (
 	"runtime"
@@ -9,14 +10,15 @@ import (
 // Limits of the dispatch rule.
 const (
 	minInFlight  = 1
-	newInFlight  = 2 // before etcd has answered
+	Initial      = 2 // before etcd has answered
 	maxInFlight  = 16
 	maxFull      = 64                     // batches in flight, counting full ones that go whatever the rule says
 	stuckAfter   = 250 * time.Millisecond // a batch that takes longer no longer counts
 	latencyEpoch = 5 * time.Second        // the least latency is taken over the last one to two epochs
 )
 
-// lane decides when a batch of what waits in a queue may go to etcd. Reads and writes each have one.
+// Limiter decides when a batch of what waits in a queue may go to etcd. Reads and writes each have one. In the
+// field's words it is a concurrency limiter that follows the latency, as TCP Vegas does.
 //
 // While batches are in flight the queue grows, and the more it has grown, the fewer requests carry it: that is
 // group commit. What remains to choose is how many batches may be in flight:
@@ -34,11 +36,11 @@ const (
 // machine that is shared with etcd), a fixed N (from 1 to 4: up to 1.6 times slower, each in another setting), a timer
 // that collects company (adds its period to every lone call), and a standing pool of workers (idle goroutines).
 //
-// A lane has no goroutine of its own: a worker carries one batch and ends. Its fields, and all its methods, are
+// A Limiter has no goroutine of its own: a worker carries one batch and ends. Its fields, and all its methods, are
 // guarded by the mutex of the queue that it belongs to.
-type lane struct {
+type Limiter struct {
 	batch int    // items that a batch takes at most
-	work  func() // runs in a goroutine of its own: yields, locks, calls took and begin, takes a batch, sends it, calls end
+	work  func() // carries one
 
 	starting int // workers that have not taken their batch yet
 	counted  int // batches in flight that count
@@ -49,8 +51,8 @@ type lane struct {
 	epochEnds time.Time
 }
 
-// kick starts as many workers as the rule allows for what waits.
-func (l *lane) kick(waiting int) {
+// Offer starts as many workers as the rule allows for what waits.
+func (l *Limiter) Offer(waiting int) {
 	for waiting -= l.starting * l.batch; waiting > 0; waiting -= l.batch {
 		full := waiting >= l.batch && l.total < maxFull
 		if l.counted >= l.limit() && !full {
@@ -66,24 +68,35 @@ func (l *lane) kick(waiting int) {
 	}
 }
 
-// took says that a starting worker takes its batch now.
-func (l *lane) took() { l.starting-- }
+// New returns a limiter for batches of up to batch items. work runs in a goroutine of its own: it yields, locks,
+// calls took and carry, takes a batch, sends it, and calls what ends it.
+func New(batch int, work func()) Limiter { return Limiter{batch: batch, work: work} }
+
+// Took says that a starting worker takes its batch now. It returns how many items that holds at most, of batch.
+func (l *Limiter) Took(batch int) int {
+	l.starting--
+	l.batch = batch
+	return batch
+}
+
+// Idle reports whether no batch is starting or in flight.
+func (l *Limiter) Idle() bool { return l.starting == 0 && l.counted == 0 && l.total == 0 }
 
 // limit is N.
-func (l *lane) limit() int {
+func (l *Limiter) limit() int {
 	least := l.least[0]
 	if least == 0 || l.least[1] != 0 && l.least[1] < least {
 		least = l.least[1]
 	}
 	if l.average == 0 || least == 0 {
-		return newInFlight
+		return Initial
 	}
 	ratio := float64(least) / float64(l.average)
 	return min(max(int(maxInFlight*ratio*ratio), minInFlight), maxInFlight)
 }
 
-// observe notes how long etcd took to answer a batch.
-func (l *lane) observe(latency time.Duration, now time.Time) {
+// Observe notes how long etcd took to answer a batch.
+func (l *Limiter) Observe(latency time.Duration, now time.Time) {
 	if now.After(l.epochEnds) {
 		l.least[0], l.least[1] = 0, l.least[0]
 		l.epochEnds = now.Add(latencyEpoch)
@@ -97,9 +110,9 @@ func (l *lane) observe(latency time.Duration, now time.Time) {
 	l.average += (latency - l.average) / 8
 }
 
-// begin takes the clock of a batch: called with mu held when a batch starts, it returns what ends it. waiting
+// Carry takes the clock of a batch: called with mu held when a batch starts, it returns what ends it. waiting
 // tells, with mu held, what waits in the queue by then.
-func (l *lane) begin(mu *sync.Mutex, waiting func() int) (end func()) {
+func (l *Limiter) Carry(mu *sync.Mutex, waiting func() int) (end func()) {
 	counted := true
 	t := time.AfterFunc(stuckAfter, func() {
 		mu.Lock()
@@ -107,7 +120,7 @@ func (l *lane) begin(mu *sync.Mutex, waiting func() int) (end func()) {
 		if counted {
 			counted = false
 			l.counted--
-			l.kick(waiting())
+			l.Offer(waiting())
 		}
 	})
 	return func() {
@@ -119,6 +132,6 @@ func (l *lane) begin(mu *sync.Mutex, waiting func() int) (end func()) {
 			counted = false
 			l.counted--
 		}
-		l.kick(waiting())
+		l.Offer(waiting())
 	}
 }
