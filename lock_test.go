@@ -61,15 +61,7 @@ func (s *site) wantUnlocked(t *testing.T) {
 }
 
 // queued returns at how many sessions a process takes turns, and how many requests have a turn or wait for one.
-func queued(s *EtcdStore) (sessions, users int) {
-	t := &s.locks.turns
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, q := range t.queue {
-		users += q.users
-	}
-	return len(t.queue), users
-}
+func queued(s *EtcdStore) (sessions, users int) { return s.locks.Waiting() }
 
 // newSites starts n sites with Exclusive on a cluster of one.
 func newSites(t *testing.T, n int, opts ...Option) []*site {
@@ -624,11 +616,9 @@ func TestExclusive_RetiredLease(t *testing.T) {
 	if keys := s.lockKeys(t); len(keys) != 1 || *keys[0] != *held {
 		t.Errorf("%d keys, want 1", len(keys))
 	}
-	s.store.locks.mu.Lock()
-	if l := s.store.locks.lease; l == nil || l.session.Lease() == held.lease {
+	if id := s.store.locks.LeaseID(); id == clientv3.NoLease || id == held.lease {
 		t.Error("the lease is still in use")
 	}
-	s.store.locks.mu.Unlock()
 	close(h.goOn)
 	wantOK(t, <-answer, "/stop")
 	etcdtest.Eventually(t, patience, func() bool { return !slices.Contains(etcdtest.Leases(t, s.admin), held.lease) }, "the lease was not revoked")

@@ -19,6 +19,7 @@ import (
 	"github.com/alexedwards/scs/v2"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/lock"
 	"github.com/seed210be38d/etcdstore/internal/replay"
 )
 
@@ -81,7 +82,7 @@ func (e *EtcdStore) Retry(next http.Handler) http.Handler {
 func (e *EtcdStore) awaitTurn(ctx context.Context, token string) (giveBack func()) {
 	ctx, cancel := context.WithTimeout(ctx, maxTurn)
 	defer cancel()
-	done, err := e.locks.reruns.take(ctx, token)
+	done, err := e.reruns.Lock(ctx, token)
 	if err != nil {
 		return func() {}
 	}
@@ -283,19 +284,19 @@ func (e *EtcdStore) Exclusive(sm *scs.SessionManager, next http.Handler) http.Ha
 				return
 			}
 			defer e.calls.Done()
-			defer held.unlock()
-			t.guard = held.guard()
+			defer held.Unlock()
+			t.guard = &guard{held.Owned()}
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
 // exclude locks a session. The lock counts as a call until it is released.
-func (e *EtcdStore) exclude(ctx context.Context, token string) (*lock, error) {
+func (e *EtcdStore) exclude(ctx context.Context, token string) (*lock.Lock, error) {
 	if !e.enter() {
 		return nil, ErrClosed
 	}
-	held, err := e.locks.lock(ctx, token)
+	held, err := e.locks.Acquire(ctx, token)
 	if err != nil {
 		e.calls.Done()
 	}

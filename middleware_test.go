@@ -476,7 +476,7 @@ func TestRetry_Increments(t *testing.T) {
 		t.Errorf("counted %s, and %d numbers were seen; want 64", got, len(seen))
 	}
 	for i, s := range f.stores {
-		if n := len(s.locks.reruns.queue); n != 0 {
+		if n, _ := s.reruns.Count(); n != 0 {
 			t.Errorf("server %d: %d turns were not given back", i, n)
 		}
 	}
@@ -507,12 +507,9 @@ func TestRetry_Streams(t *testing.T) {
 		t.Fatalf("first chunk %q, %v", chunk, err)
 	}
 	// The turn that the request took to run again is not held by one that streams.
-	reruns := &s.store.locks.reruns
-	reruns.mu.Lock()
-	if n := len(reruns.queue); n != 0 {
+	if n, _ := s.store.reruns.Count(); n != 0 {
 		t.Errorf("%d turns are held", n)
 	}
-	reruns.mu.Unlock()
 	close(arrived)
 	if rest, err := io.ReadAll(resp.Body); err != nil || string(rest) != ", end" {
 		t.Errorf("the rest is %q, %v", rest, err)
@@ -858,10 +855,7 @@ func TestRetry_PanicsInLosingRun(t *testing.T) {
 					return strings.Contains(strings.TrimPrefix(s.log.String(), before), ": ordinary\n")
 				}, "the server has not logged the panic")
 			}
-			reruns := &s.store.locks.reruns
-			reruns.mu.Lock()
-			defer reruns.mu.Unlock()
-			if n := len(reruns.queue); n != 0 {
+			if n, _ := s.store.reruns.Count(); n != 0 {
 				t.Errorf("%d turns are held", n)
 			}
 		})

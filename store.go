@@ -9,6 +9,7 @@ import (
 	"github.com/alexedwards/scs/v2"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/lock"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -37,7 +38,8 @@ type EtcdStore struct {
 	leases   *leasePool
 	reader   *reader
 	pipeline *pipeline
-	locks    *locks
+	locks    *lock.Locks
+	reruns   lock.Keyed // of Retry: apart from those of Exclusive, which a request may go through while it holds its turn
 	implicit implicitTransactions
 
 	mu     sync.Mutex
@@ -74,7 +76,7 @@ func newStore(api etcd.API, client *clientv3.Client, prefix string, opts []Optio
 	e.leases = newLeasePool(e.conn, prefix+reserved+"lease/", e.clock.WallTime, e.background.Go)
 	e.reader = newReader(e.conn, e.decodeVersion)
 	e.pipeline = newPipeline(e.conn, e.leases, prefix, e.clock.Now, e.decodeVersion)
-	e.locks = newLocks(client, prefix+reserved+"lock/", e.timeout, e.background.Go)
+	e.locks = lock.New(client, prefix+reserved+"lock/", e.timeout, e.background.Go)
 	return e
 }
 
@@ -316,7 +318,7 @@ func (e *EtcdStore) Close() error {
 	e.reader.busy.Wait()
 	e.pipeline.busy.Wait()
 	e.background.Wait()
-	e.locks.close()
+	e.locks.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), e.timeout)
 	defer cancel()
 	return callError("close", e.leases.close(ctx))

@@ -1,4 +1,5 @@
-package etcdstore
+// Package lock is the lock of a session over all machines, and a mutex for each key within one process.
+package lock
 
 import (
 	"context"
@@ -24,48 +25,7 @@ const (
 	lockPause = 500 * time.Millisecond
 )
 
-// turns lets the goroutines of this process take turns at a session. It needs no network.
-type turns struct {
-	mu    sync.Mutex
-	queue map[string]*turn
-}
-
-// turn is the queue at one session: a semaphore of one, and how many hold it or wait for it.
-type turn struct {
-	slot  chan struct{}
-	users int
-}
-
-// take waits for the turn at a session. The function that it returns gives the turn back.
-func (t *turns) take(ctx context.Context, token string) (done func(), err error) {
-	t.mu.Lock()
-	q := t.queue[token]
-	if q == nil {
-		q = &turn{slot: make(chan struct{}, 1)}
-		if t.queue == nil {
-			t.queue = make(map[string]*turn)
-		}
-		t.queue[token] = q
-	}
-	q.users++
-	t.mu.Unlock()
-	leave := func() {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		if q.users--; q.users == 0 {
-			delete(t.queue, token)
-		}
-	}
-	select {
-	case q.slot <- struct{}{}:
-		return func() { <-q.slot; leave() }, nil
-	case <-ctx.Done():
-		leave()
-		return nil, ctx.Err()
-	}
-}
-
-// locks are the locks of Exclusive: a concurrency.Mutex for each session, over all machines.
+// Locks are locks over all machines: a concurrency.Mutex for each session, over all machines.
 //
 // All mutexes of a process hang on one lease, a concurrency.Session, that is kept alive while locks are in use and a
 // little longer. Such a mutex is the process's and not the goroutine's, so goroutines first take turns.
@@ -74,13 +34,12 @@ func (t *turns) take(ctx context.Context, token string) (done func(), err error)
 // already, or delete that of one that was taken again. Keys carry the lease's id. So a lease with such a request is
 // retired: no more locks are hung on it, and when the last of those on it is released, it is revoked, and with it goes
 // whatever key was left behind.
-type locks struct {
+type Locks struct {
 	client  *clientv3.Client
 	prefix  string
 	timeout time.Duration
 	detach  func(func())
-	turns   turns // of Exclusive
-	reruns  turns // of Retry: apart, since a request may go through Exclusive while it holds its turn to run again
+	turns   Keyed
 
 	mu      sync.Mutex
 	lease   *lockLease // the one for new locks; nil: none
@@ -97,22 +56,22 @@ type lockLease struct {
 	users   int                // locks, and waits for them; guarded by locks.mu
 }
 
-// lock is a lock that is held.
-type lock struct {
-	locks *locks
+// Lock is a lock that is held.
+type Lock struct {
+	Locks *Locks
 	lease *lockLease
 	mutex *concurrency.Mutex
 	done  func() // the turn
 }
 
-func newLocks(client *clientv3.Client, prefix string, timeout time.Duration, detach func(func())) *locks {
-	return &locks{client: client, prefix: prefix, timeout: timeout, detach: detach}
+func New(client *clientv3.Client, prefix string, timeout time.Duration, detach func(func())) *Locks {
+	return &Locks{client: client, prefix: prefix, timeout: timeout, detach: detach}
 }
 
-// lock waits for the lock of a session, as long as ctx lasts and etcd can be reached. The lock's key holds a hash of the
+// Acquire waits for the lock of a session, as long as ctx lasts and etcd can be reached. The lock's key holds a hash of the
 // token.
-func (l *locks) lock(ctx context.Context, token string) (*lock, error) {
-	done, err := l.turns.take(ctx, token)
+func (l *Locks) Acquire(ctx context.Context, token string) (*Lock, error) {
+	done, err := l.turns.Lock(ctx, token)
 	if err != nil {
 		return nil, err
 	}
@@ -124,8 +83,8 @@ func (l *locks) lock(ctx context.Context, token string) (*lock, error) {
 			done()
 			return nil, err
 		}
-		held := &lock{l, lease, concurrency.NewMutex(lease.session, name), done}
-		returned, err := held.acquire(ctx)
+		held := &Lock{l, lease, concurrency.NewMutex(lease.session, name), done}
+		returned, err := held.wait(ctx)
 		if err == nil {
 			return held, nil
 		}
@@ -149,12 +108,12 @@ func (l *locks) lock(ctx context.Context, token string) (*lock, error) {
 	}
 }
 
-// acquire waits for the mutex. The channel that it returns is closed when the mutex has returned, which may take longer.
-func (k *lock) acquire(ctx context.Context) (returned <-chan struct{}, err error) {
+// wait waits for the mutex. The channel that it returns is closed when the mutex has returned, which may take longer.
+func (k *Lock) wait(ctx context.Context) (returned <-chan struct{}, err error) {
 	waiting, stop := context.WithCancel(clientv3.WithRequireLeader(ctx)) // a watch of a member without one is silent
 	defer stop()
 	acquired, end := make(chan error, 1), make(chan struct{})
-	k.locks.detach(func() {
+	k.Locks.detach(func() {
 		defer close(end)
 		acquired <- k.mutex.Lock(waiting)
 	})
@@ -178,14 +137,27 @@ func waitAgain(err error) bool {
 	return errors.Is(err, concurrency.ErrSessionExpired) || k == etcd.LeaseLost || k == etcd.Compacted || k == etcd.Transient
 }
 
-// guard is the condition on which the holder may still write: fencing. A holder that slept through the end of its lease
-// finds the lock's key gone, or another's.
-func (k *lock) guard() *guard { return &guard{k.mutex.IsOwner()} }
+// Owned is the compare that holds as long as the holder may still write: fencing. A holder that slept through the end of its
+// lease finds the lock's key gone, or another's.
+func (k *Lock) Owned() clientv3.Cmp { return k.mutex.IsOwner() }
 
-// unlock releases the lock. If etcd does not answer at once, that goes on in the background.
-func (k *lock) unlock() {
+// Waiting returns how many keys the goroutines of this process hold or wait for, and how many those are.
+func (l *Locks) Waiting() (keys, users int) { return l.turns.Count() }
+
+// LeaseID returns the lease that new locks are hung on, 0 where there is none.
+func (l *Locks) LeaseID() clientv3.LeaseID {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.lease == nil {
+		return clientv3.NoLease
+	}
+	return l.lease.session.Lease()
+}
+
+// Unlock releases the lock. If etcd does not answer at once, that goes on in the background.
+func (k *Lock) Unlock() {
 	released := make(chan struct{})
-	k.locks.detach(func() {
+	k.Locks.detach(func() {
 		defer close(released)
 		k.release()
 		k.done()
@@ -199,20 +171,20 @@ func (k *lock) unlock() {
 }
 
 // release deletes the lock's key, if there is one, and ends the use of the lease.
-func (k *lock) release() {
-	defer k.locks.leave(k.lease)
+func (k *Lock) release() {
+	defer k.Locks.leave(k.lease)
 	key := k.mutex.Key()
-	if !strings.HasPrefix(key, k.locks.prefix) {
+	if !strings.HasPrefix(key, k.Locks.prefix) {
 		return // the mutex has deleted it, when its wait ended, or has not come to put it
 	}
 	if _, err := k.lease.session.Client().Delete(context.Background(), key); err != nil {
-		k.locks.retire(k.lease)
+		k.Locks.retire(k.lease)
 	}
 }
 
 // join returns the process's lease for locks. leave ends its use. A grant that failed is not tried again at once: if etcd
 // cannot be reached, the requests that wait for a turn need not find that out one after another.
-func (l *locks) join(ctx context.Context) (*lockLease, error) {
+func (l *Locks) join(ctx context.Context) (*lockLease, error) {
 	for {
 		lease, grant, err := l.tryJoin()
 		if lease != nil || err != nil {
@@ -227,7 +199,7 @@ func (l *locks) join(ctx context.Context) (*lockLease, error) {
 }
 
 // tryJoin returns the process's lease for locks, or the grant of one that is under way.
-func (l *locks) tryJoin() (*lockLease, <-chan struct{}, error) {
+func (l *Locks) tryJoin() (*lockLease, <-chan struct{}, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.lease != nil {
@@ -251,7 +223,7 @@ func (l *locks) tryJoin() (*lockLease, <-chan struct{}, error) {
 }
 
 // newLease grants a lease for locks, and keeps it alive.
-func (l *locks) newLease() {
+func (l *Locks) newLease() {
 	life, end := context.WithCancel(l.client.Ctx())
 	lease := &lockLease{end: end}
 	err := l.grantTo(life, lease)
@@ -271,7 +243,7 @@ func (l *locks) newLease() {
 }
 
 // grantTo makes the session of a lease, which lives as long as life does.
-func (l *locks) grantTo(life context.Context, lease *lockLease) error {
+func (l *Locks) grantTo(life context.Context, lease *lockLease) error {
 	ctx, cancel := context.WithTimeout(life, l.timeout)
 	defer cancel()
 	var id clientv3.LeaseID
@@ -290,7 +262,7 @@ func (l *locks) grantTo(life context.Context, lease *lockLease) error {
 }
 
 // leave ends a use of a lease.
-func (l *locks) leave(lease *lockLease) {
+func (l *Locks) leave(lease *lockLease) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch lease.users--; {
@@ -303,7 +275,7 @@ func (l *locks) leave(lease *lockLease) {
 }
 
 // retire keeps locks from being hung on the lease. The last to leave it revokes it.
-func (l *locks) retire(lease *lockLease) {
+func (l *Locks) retire(lease *lockLease) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.lease == lease {
@@ -314,7 +286,7 @@ func (l *locks) retire(lease *lockLease) {
 // drop retires the current lease.
 //
 // REQUIRES: mu is held, in a call or in what a call has detached.
-func (l *locks) drop() {
+func (l *Locks) drop() {
 	lease := l.lease
 	l.lease = nil
 	l.idle.Stop()
@@ -324,7 +296,7 @@ func (l *locks) drop() {
 }
 
 // retireIdle revokes the lease if it is not in use.
-func (l *locks) retireIdle(lease *lockLease) {
+func (l *Locks) retireIdle(lease *lockLease) {
 	l.mu.Lock()
 	unused := l.lease == lease && lease.users == 0
 	if unused {
@@ -337,15 +309,15 @@ func (l *locks) retireIdle(lease *lockLease) {
 }
 
 // revoke ends a lease that is not in use any more. If etcd cannot be reached, it runs out.
-func (l *locks) revoke(lease *lockLease) {
+func (l *Locks) revoke(lease *lockLease) {
 	late := time.AfterFunc(l.timeout, lease.end)
 	defer late.Stop()
 	defer lease.end()
 	_ = lease.session.Close()
 }
 
-// close revokes the lease for locks.
-func (l *locks) close() {
+// Close revokes the lease for locks.
+func (l *Locks) Close() {
 	l.mu.Lock()
 	lease := l.lease
 	if lease != nil {
@@ -358,9 +330,9 @@ func (l *locks) close() {
 }
 
 // clientOf returns the client that the mutexes on a lease use.
-func (l *locks) clientOf(life context.Context, lease *lockLease) *clientv3.Client {
+func (l *Locks) clientOf(life context.Context, lease *lockLease) *clientv3.Client {
 	c := clientv3.NewCtxClient(life)
-	c.KV = &lockKV{KV: l.client.KV, locks: l, lease: lease}
+	c.KV = &lockKV{KV: l.client.KV, Locks: l, lease: lease}
 	c.Lease = l.client.Lease
 	c.Watcher = l.client.Watcher
 	return c
@@ -371,19 +343,19 @@ func (l *locks) clientOf(life context.Context, lease *lockLease) *clientv3.Clien
 // bounded in time, and sent again until etcd has answered. What a mutex sends may be sent twice.
 type lockKV struct {
 	clientv3.KV
-	locks *locks
+	Locks *Locks
 	lease *lockLease
 }
 
 // Do sends op.
 func (kv *lockKV) Do(ctx context.Context, op clientv3.Op) (resp clientv3.OpResponse, err error) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), kv.locks.timeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), kv.Locks.timeout)
 	defer cancel()
 	err = etcd.Retry(ctx, func(ctx context.Context) (err error) {
 		resp, err = kv.KV.Do(ctx, op)
 		err = clientv3.ContextError(ctx, err)
 		if err != nil && !op.IsGet() && etcd.Classify(err) == etcd.Unknown {
-			kv.locks.retire(kv.lease)
+			kv.Locks.retire(kv.lease)
 		}
 		return err
 	})
