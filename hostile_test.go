@@ -22,25 +22,13 @@ import (
 
 	"github.com/alexedwards/scs/v2"
 
+	"github.com/seed210be38d/etcdstore/internal/etcdfake"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
 )
-
-// keys returns the keys that there are, with their mod revisions.
-func (f *fakeEtcd) keys() map[string]int64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	keys := make(map[string]int64)
-	for key := range f.history {
-		if kv := f.at(key, f.revision); kv != nil {
-			keys[key] = kv.ModRevision
-		}
-	}
-	return keys
-}
 
 // seal completes a trailer as every version of the format has it: its length, the checksum, the magic.
 func seal(payload, fields []byte) []byte {
@@ -113,14 +101,14 @@ func FuzzStoredValue(f *testing.F) {
 		synctest.Test(t, func(t *testing.T) {
 			s, fake := newFakeStore(t)
 			fake.seed(t, "other", "who", "other")
-			before := fake.keys()
+			before := fake.Keys()
 			const token, key = "token", fakePrefix + "token"
 			value := hostileValue(data, fields, how, at)
 			put := func() int64 {
 				if _, err := fake.Put(t.Context(), key, string(value)); err != nil {
 					t.Fatal(err)
 				}
-				return fake.keys()[key]
+				return fake.Keys()[key]
 			}
 			payload, ok, foreign := served(value, s.clock.Now())
 			_, values, decodeErr := scs.GobCodec{}.Decode(payload)
@@ -144,7 +132,7 @@ func FuzzStoredValue(f *testing.F) {
 					}
 					return nil
 				})
-				written := fake.keys()[key] != rev
+				written := fake.Keys()[key] != rev
 				if (err == nil) && (!ok || decodeErr != nil) || written != (change && err == nil) {
 					t.Errorf("Update (change %v) over %q = %v, written %v", change, value, err, written)
 				}
@@ -158,7 +146,7 @@ func FuzzStoredValue(f *testing.F) {
 					_, _, findErr = s.FindCtx(ctx, token)
 				}
 				err = s.CommitCtx(ctx, token, ours, expiry)
-				written := fake.keys()[key] != rev
+				written := fake.Keys()[key] != rev
 				if (err == nil) != (findErr == nil && !foreign) || written != (err == nil) {
 					t.Errorf("%s over %q = %v, written %v; Find said %v", name, value, err, written, findErr)
 				}
@@ -171,11 +159,11 @@ func FuzzStoredValue(f *testing.F) {
 			if err := s.Delete(token); err != nil {
 				t.Errorf("Delete of %q = %v", value, err)
 			}
-			if _, kept := fake.keys()[key]; kept != foreign {
+			if _, kept := fake.Keys()[key]; kept != foreign {
 				t.Errorf("Delete of %q kept it: %v", value, kept)
 			}
 			for k, rev := range before {
-				if fake.keys()[k] != rev {
+				if fake.Keys()[k] != rev {
 					t.Errorf("calls over %q touched %q", value, k)
 				}
 			}
@@ -218,7 +206,7 @@ func FuzzToken(f *testing.F) {
 			s, fake := newFakeStore(t)
 			fake.seed(t, "own", "who", "own")
 			fake.neighbours(t)
-			before := fake.keys()
+			before := fake.Keys()
 			own, _, err := s.Find("own")
 			if err != nil {
 				t.Fatal(err)
@@ -226,7 +214,7 @@ func FuzzToken(f *testing.F) {
 			// wantKeys looks whether the keys are as they were, but for the one that is given, and leases.
 			wantKeys := func(but string) {
 				t.Helper()
-				after := fake.keys()
+				after := fake.Keys()
 				for key := range after {
 					if _, was := before[key]; !was && key != but && !strings.HasPrefix(key, fakePrefix+"~lease/") {
 						t.Errorf("%q made the key %q", token, key)
@@ -239,7 +227,7 @@ func FuzzToken(f *testing.F) {
 				}
 			}
 			expiry := time.Now().Add(time.Hour)
-			fakeSent[any](fake)
+			etcdfake.Sent[any](fake.Etcd)
 
 			if token == "own" {
 				wantFound(t, s, token, string(own))
@@ -258,7 +246,7 @@ func FuzzToken(f *testing.F) {
 				if !errors.Is(err, ErrInvalidToken) {
 					t.Errorf("Commit of %q = %v; want ErrInvalidToken", token, err)
 				}
-				if sent := fakeSent[any](fake); invalid && len(sent) > 0 {
+				if sent := etcdfake.Sent[any](fake.Etcd); invalid && len(sent) > 0 {
 					t.Errorf("etcd was asked about %q: %v", token, sent)
 				}
 				wantKeys("")
@@ -328,8 +316,8 @@ func FuzzCookie(f *testing.F) {
 			fake.neighbours(t)
 			sm := *manager
 			sm.Store = s
-			rev := fake.rev()
-			fakeSent[any](fake)
+			rev := fake.Revision()
+			etcdfake.Sent[any](fake.Etcd)
 
 			w := serve(who(&sm), strings.Split(cookie, "\n")...)
 			body := w.Body.String()
@@ -339,12 +327,12 @@ func FuzzCookie(f *testing.F) {
 			if set := w.Header().Values("Set-Cookie"); len(set) > 0 {
 				t.Errorf("%q was answered with the cookies %q", cookie, set)
 			}
-			for _, msg := range fakeSent[any](fake) {
+			for _, msg := range etcdfake.Sent[any](fake.Etcd) {
 				if fakeReads(msg) == nil {
 					t.Errorf("%q made a request other than a read: %v", cookie, msg)
 				}
 			}
-			if fake.rev() != rev {
+			if fake.Revision() != rev {
 				t.Errorf("%q wrote something", cookie)
 			}
 			synctest.Wait()

@@ -11,6 +11,7 @@ import (
 
 	"github.com/alexedwards/scs/v2"
 
+	"github.com/seed210be38d/etcdstore/internal/etcdfake"
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
 )
 
@@ -96,7 +97,7 @@ func TestIdentity_DeletedAndFoldedBehindACreate(t *testing.T) {
 				for i, call := range calls {
 					wantErr(t, fmt.Sprint("call ", i), call(), nil)
 				}
-				release = f.hold(isAttempt)
+				release = f.Hold(isAttempt)
 				var block []func() error // fills the lane, so that the next two wait together
 				for i := range 16 {
 					block = append(block, started(committing(t, s, fmt.Sprint("y", i), time.Hour)))
@@ -127,11 +128,11 @@ func TestIdentity_AppliedDeletedAndCreated(t *testing.T) {
 		f.seed(t, "a", "user", "alice")
 		ctx := Begin(t.Context())
 		commit := commitOf(t, ctx, s, "a", "x", 1)
-		f.script(isAttempt, func(r *fakeRequest) error {
-			_ = r.apply()
+		f.Script(isAttempt, func(r *etcdfake.Request) error {
+			_ = r.Apply()
 			wantErr(t, "another", other.Delete("a"), nil)
 			wantErr(t, "another", committing(t, other, "a", time.Hour, "user", "bob")(), nil)
-			return errFakeLost
+			return etcdfake.ErrLost
 		})
 		wantErr(t, "first", commit(), nil)
 		b := gobSession(t, time.Now().Add(time.Hour), map[string]any{"user": "alice", "x": 1, "secret": "alice's"})

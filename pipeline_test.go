@@ -23,6 +23,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/etcdfake"
 	"github.com/seed210be38d/etcdstore/internal/limit"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
@@ -47,7 +48,7 @@ func newFakeStoreOn(t *testing.T, f *fakeEtcd, opts ...Option) *EtcdStore {
 	t.Helper()
 	s := newStore(f, nil, fakePrefix, opts)
 	t.Cleanup(func() {
-		f.intercept(nil)
+		f.Intercept(nil)
 		mustClose(t, s)
 		wantIdle(t, s)
 	})
@@ -99,9 +100,7 @@ func (f *fakeEtcd) seed(t *testing.T, token string, pairs ...any) {
 // sessions returns all versions that a session has had, nil for its deletions.
 func (f *fakeEtcd) sessions(t *testing.T, token string) (all []map[string]any) {
 	t.Helper()
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, kv := range f.history[fakePrefix+token] {
+	for _, kv := range f.Versions(fakePrefix + token) {
 		all = append(all, fakeValues(t, kv))
 	}
 	return all
@@ -228,14 +227,14 @@ func fakeAttempts(txn *etcdserverpb.TxnRequest) (attempts []*etcdserverpb.TxnReq
 }
 
 // isAttempt reports whether a request carries attempts, other than those of stall.
-func isAttempt(r *fakeRequest) bool {
-	tokens := fakeTokens(r.txn())
+func isAttempt(r *etcdfake.Request) bool {
+	tokens := fakeTokens(r.Txn())
 	return len(tokens) > 0 && !strings.HasPrefix(tokens[0], "stalled")
 }
 
 // isGrant reports whether a request grants a lease.
-func isGrant(r *fakeRequest) bool {
-	_, ok := r.msg.(*etcdserverpb.LeaseGrantRequest)
+func isGrant(r *etcdfake.Request) bool {
+	_, ok := r.Msg.(*etcdserverpb.LeaseGrantRequest)
 	return ok
 }
 
@@ -249,7 +248,7 @@ func fakeTokens(txn *etcdserverpb.TxnRequest) (tokens []string) {
 
 // batches returns whose sessions were in each of the requests with attempts since the last call.
 func (f *fakeEtcd) batches() (batches [][]string) {
-	for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
+	for _, txn := range etcdfake.Sent[*etcdserverpb.TxnRequest](f.Etcd) {
 		if tokens := fakeTokens(txn); tokens != nil {
 			batches = append(batches, tokens)
 		}
@@ -265,7 +264,7 @@ func stall(t *testing.T, s *EtcdStore, f *fakeEtcd) (release func()) {
 		f.seed(t, token)
 	}
 	f.batches()
-	releaseAll := f.hold(func(r *fakeRequest) bool { return len(fakeAttempts(r.txn())) > 0 })
+	releaseAll := f.Hold(func(r *etcdfake.Request) bool { return len(fakeAttempts(r.Txn())) > 0 })
 	var results []func() error
 	for _, token := range tokens {
 		results = append(results, started(func() error { return s.Update(t.Context(), token, setting("a", 1)) }))
@@ -290,7 +289,7 @@ func TestPipeline_Order(t *testing.T) {
 			s, f := newFakeStore(t)
 			other := newFakeStoreOn(t, f)
 			f.seed(t, "a", "log", "")
-			release := f.hold(isAttempt)
+			release := f.Hold(isAttempt)
 			var results []func() error
 			want := ""
 			for i := range 20 {
@@ -304,7 +303,7 @@ func TestPipeline_Order(t *testing.T) {
 			}
 			if overtaken {
 				want = "other " + want
-				f.letPass(t, func() error { return other.Update(t.Context(), "a", setting("log", "other ")) })
+				f.LetPass(t, func() error { return other.Update(t.Context(), "a", setting("log", "other ")) })
 			}
 			release()
 			for i, result := range results {
@@ -356,7 +355,7 @@ func TestPipeline_Fold(t *testing.T) {
 			add(update(key, 1), nil)
 		}
 
-		release := f.hold(isAttempt)
+		release := f.Hold(isAttempt)
 		var results []func() error
 		for _, call := range calls {
 			results = append(results, started(call))
@@ -387,7 +386,7 @@ func TestPipeline_FailureOverGuess(t *testing.T) {
 				return nil
 			})
 		})
-		f.letPass(t, func() error { return other.Update(t.Context(), "a", setting("other", 1)) })
+		f.LetPass(t, func() error { return other.Update(t.Context(), "a", setting("other", 1)) })
 		release()
 		wantErr(t, "first", first(), nil)
 		wantErr(t, "second", second(), nil)
@@ -405,9 +404,9 @@ func TestPipeline_GroupCommit(t *testing.T) {
 		for i := range 50 {
 			f.seed(t, fmt.Sprint(i))
 		}
-		fakeSent[any](f)
+		etcdfake.Sent[any](f.Etcd)
 		wantErr(t, "a lone update", s.Update(t.Context(), "0", setting("a", 0)), nil)
-		for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
+		for _, txn := range etcdfake.Sent[*etcdserverpb.TxnRequest](f.Etcd) {
 			if len(fakeAttempts(txn)) == 1 && len(txn.Compare) == 0 {
 				t.Error("a lone session is nested")
 			}
@@ -490,7 +489,7 @@ func TestPipeline_Bytes(t *testing.T) {
 			wantErr(t, "update", result(), nil)
 		}
 		var batches int
-		for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
+		for _, txn := range etcdfake.Sent[*etcdserverpb.TxnRequest](f.Etcd) {
 			tokens := fakeTokens(txn)
 			if slices.Contains(tokens, "large") {
 				if len(tokens) > 1 {
@@ -519,7 +518,7 @@ func TestPipeline_FewerOperations(t *testing.T) {
 			for i := range etcd.MaxBatchKeys {
 				f.seed(t, fmt.Sprint(i))
 			}
-			f.maxOps = c.operations
+			f.LimitTo(c.operations, 1536<<10)
 			for range 8 {
 				release := stall(t, s, f)
 				var results []func() error
@@ -553,12 +552,12 @@ func TestPipeline_PoisonedBatch(t *testing.T) {
 			bad: func(s *EtcdStore, ctx context.Context) error {
 				return s.Update(ctx, "bad", setting("a", strings.Repeat("x", 20<<10)))
 			},
-			poison: func(f *fakeEtcd) { f.maxBytes = 16 << 10 },
+			poison: func(f *fakeEtcd) { f.LimitTo(128, 16<<10) },
 			want:   ErrTooLarge,
 		},
 		"no permission": {
 			bad:    func(s *EtcdStore, ctx context.Context) error { return s.Update(ctx, "bad", setting("a", 1)) },
-			poison: func(f *fakeEtcd) { f.denied[fakePrefix+"bad"] = true },
+			poison: func(f *fakeEtcd) { f.Deny(fakePrefix + "bad") },
 			want:   rpctypes.ErrPermissionDenied,
 		},
 		"does not encode": {
@@ -626,7 +625,7 @@ func TestPipeline_PoisonedFold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		f.seed(t, "a", "n", 0)
-		f.maxBytes = 16 << 10
+		f.LimitTo(128, 16<<10)
 		release := stall(t, s, f)
 		var results []func() error
 		for i := range 9 {
@@ -682,9 +681,7 @@ func TestPipeline_LostLease(t *testing.T) {
 			}
 		},
 		"before its key": func(_ *testing.T, f *fakeEtcd, id clientv3.LeaseID) {
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			delete(f.leases, id)
+			f.LoseLease(id)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -692,7 +689,7 @@ func TestPipeline_LostLease(t *testing.T) {
 				s, f := newFakeStore(t)
 				wantErr(t, "a lease for an hour", committing(t, s, "1h", time.Hour, "a", 1)(), nil)
 				wantErr(t, "a lease for a day", committing(t, s, "24h", 24*time.Hour, "a", 1)(), nil)
-				lost := f.granted
+				lost := f.LastLease()
 				release := stall(t, s, f)
 				var results []func() error
 				for i := range 10 {
@@ -708,7 +705,7 @@ func TestPipeline_LostLease(t *testing.T) {
 					wantErr(t, fmt.Sprint("commit ", i), result(), nil)
 					f.wantSession(t, fmt.Sprint(i), 1, "a", 1)
 				}
-				puts := fakePuts(fakeSent[*etcdserverpb.TxnRequest](f), "5")
+				puts := fakePuts(etcdfake.Sent[*etcdserverpb.TxnRequest](f.Etcd), "5")
 				first, last := puts[0], puts[len(puts)-1]
 				a, _ := record.Decode(first.Value)
 				b, _ := record.Decode(last.Value)
@@ -729,18 +726,18 @@ func increment(values map[string]any) error {
 
 // Whatever becomes of requests, what they carry happens once, and its callers are told so.
 func TestPipeline_UnknownOutcome(t *testing.T) {
-	type fates = []func(r *fakeRequest) error
+	type fates = []func(r *etcdfake.Request) error
 	for name, script := range map[string]fates{
-		"applied":                        {fakeLose},
-		"not applied":                    {fakeDrop},
-		"twice":                          {fakeDrop, fakeDrop},
-		"applied by the second":          {fakeDrop, fakeLose},
-		"and again":                      {fakeLose, fakeDrop, fakeLose, fakeLose},
-		"half of the answers lost":       {fakeLose, fakePass, fakeLose, fakePass, fakeLose, fakePass, fakeLose, fakePass},
-		"refused, applied":               {fakeAnswer(rpctypes.ErrGRPCNoLeader), fakeLose},
-		"applied, then refused a while":  {fakeLose, fakeAnswer(rpctypes.ErrGRPCRequestTooManyRequests)},
-		"out of space, yet applied":      {func(r *fakeRequest) error { return cmp.Or(r.apply(), rpctypes.ErrGRPCNoSpace) }},
-		"unknown, then denied, for once": {fakeLose, fakeAnswer(rpctypes.ErrGRPCPermissionDenied), fakeAnswer(rpctypes.ErrGRPCPermissionDenied)},
+		"applied":                        {etcdfake.Lose},
+		"not applied":                    {etcdfake.Drop},
+		"twice":                          {etcdfake.Drop, etcdfake.Drop},
+		"applied by the second":          {etcdfake.Drop, etcdfake.Lose},
+		"and again":                      {etcdfake.Lose, etcdfake.Drop, etcdfake.Lose, etcdfake.Lose},
+		"half of the answers lost":       {etcdfake.Lose, etcdfake.Pass, etcdfake.Lose, etcdfake.Pass, etcdfake.Lose, etcdfake.Pass, etcdfake.Lose, etcdfake.Pass},
+		"refused, applied":               {etcdfake.Answer(rpctypes.ErrGRPCNoLeader), etcdfake.Lose},
+		"applied, then refused a while":  {etcdfake.Lose, etcdfake.Answer(rpctypes.ErrGRPCRequestTooManyRequests)},
+		"out of space, yet applied":      {func(r *etcdfake.Request) error { return cmp.Or(r.Apply(), rpctypes.ErrGRPCNoSpace) }},
+		"unknown, then denied, for once": {etcdfake.Lose, etcdfake.Answer(rpctypes.ErrGRPCPermissionDenied), etcdfake.Answer(rpctypes.ErrGRPCPermissionDenied)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -759,7 +756,7 @@ func TestPipeline_UnknownOutcome(t *testing.T) {
 						started(func() error { return s.Update(t.Context(), fmt.Sprint("update ", i), increment) }),
 						started(func() error { return s.Delete(fmt.Sprint("delete ", i)) }))
 				}
-				f.script(isAttempt, script...)
+				f.Script(isAttempt, script...)
 				release()
 				for i, result := range results {
 					wantErr(t, fmt.Sprint("call ", i), result(), nil)
@@ -780,16 +777,16 @@ func TestPipeline_CreateIsFenced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
-		fakeSent[any](f)
+		etcdfake.Sent[any](f.Etcd)
 		var late func() error
-		f.script(isAttempt, func(r *fakeRequest) error {
-			late = r.apply
-			return errFakeLost
+		f.Script(isAttempt, func(r *etcdfake.Request) error {
+			late = r.Apply
+			return etcdfake.ErrLost
 		})
 		wantErr(t, "commit", committing(t, s, "a", time.Hour, "n", 1)(), nil)
 		var steps []string
 		var fences []int64
-		for _, msg := range fakeSent[proto.Message](f) {
+		for _, msg := range etcdfake.Sent[proto.Message](f.Etcd) {
 			switch r := msg.(type) {
 			case *etcdserverpb.TxnRequest:
 				for _, a := range fakeAttempts(r) {
@@ -833,13 +830,13 @@ func TestPipeline_ResendIsIdentical(t *testing.T) {
 				started(committing(t, s, fmt.Sprint("new ", i), time.Hour)),
 				started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
 		}
-		f.script(isAttempt, fakeDrop, fakeDrop, fakeDrop, fakeDrop)
+		f.Script(isAttempt, etcdfake.Drop, etcdfake.Drop, etcdfake.Drop, etcdfake.Drop)
 		release()
 		for _, result := range results {
 			wantErr(t, "call", result(), nil)
 		}
 		sends := make(map[string][]*etcdserverpb.TxnRequest)
-		for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
+		for _, txn := range etcdfake.Sent[*etcdserverpb.TxnRequest](f.Etcd) {
 			for _, a := range fakeAttempts(txn) {
 				sends[string(a.Compare[0].Key)] = append(sends[string(a.Compare[0].Key)], a)
 			}
@@ -897,17 +894,17 @@ func TestPipeline_Overtaken(t *testing.T) {
 				if c.seeded {
 					f.seed(t, "a", "n", 0)
 				}
-				f.script(isAttempt, func(r *fakeRequest) error {
+				f.Script(isAttempt, func(r *etcdfake.Request) error {
 					f.seed(t, "noise")
 					if c.applied {
-						if err := r.apply(); err != nil {
+						if err := r.Apply(); err != nil {
 							t.Error(err)
 						}
 					}
 					for _, act := range c.others {
 						wantErr(t, "another process", act(t, other), nil)
 					}
-					return errFakeLost
+					return etcdfake.ErrLost
 				})
 				wantErr(t, "ours", c.ours(t, s), c.want)
 				if c.n < 0 {
@@ -931,14 +928,14 @@ func TestPipeline_CompactedHistory(t *testing.T) {
 				f.seed(t, "a", "n", 0)
 				ours = func() error { return s.Update(t.Context(), "a", increment) }
 			}
-			f.script(isAttempt, func(r *fakeRequest) error {
-				if err := r.apply(); err != nil {
+			f.Script(isAttempt, func(r *etcdfake.Request) error {
+				if err := r.Apply(); err != nil {
 					t.Error(err)
 				}
 				wantErr(t, "another process", other.Update(t.Context(), "a", increment), nil)
 				wantErr(t, "another process", other.Delete("a"), nil)
-				f.compact(f.rev())
-				return errFakeLost
+				f.Compact(f.Revision())
+				return etcdfake.ErrLost
 			})
 			err := ours()
 			wantErr(t, "ours", err, ErrOutcomeUnknown)
@@ -953,15 +950,15 @@ func TestPipeline_LongHistory(t *testing.T) {
 		s, f := newFakeStore(t)
 		other := newFakeStoreOn(t, f)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
-		f.script(isAttempt, func(r *fakeRequest) error {
+		f.Script(isAttempt, func(r *etcdfake.Request) error {
 			for range 3 * etcd.MaxBatchKeys {
 				wantErr(t, "another process", other.Update(t.Context(), "warm", increment), nil)
 			}
-			if err := r.apply(); err != nil {
+			if err := r.Apply(); err != nil {
 				t.Error(err)
 			}
 			wantErr(t, "another process", other.Delete("a"), nil)
-			return errFakeLost
+			return etcdfake.ErrLost
 		})
 		wantErr(t, "commit", committing(t, s, "a", time.Hour, "n", 1)(), nil)
 		f.wantSession(t, "a", 2)
@@ -977,7 +974,7 @@ func TestPipeline_Guard(t *testing.T) {
 			if _, err := f.Put(t.Context(), "lock", ""); err != nil {
 				t.Fatal(err)
 			}
-			g := &guard{clientv3.Compare(clientv3.CreateRevision("lock"), "=", f.rev())}
+			g := &guard{clientv3.Compare(clientv3.CreateRevision("lock"), "=", f.Revision())}
 			do := func(g *guard) func() error {
 				return func() error {
 					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -995,7 +992,7 @@ func TestPipeline_Guard(t *testing.T) {
 				results = append(results, started(do(g)))
 			}
 			if !held {
-				f.letPass(t, func() error {
+				f.LetPass(t, func() error {
 					_, err := f.Delete(t.Context(), "lock")
 					return err
 				})
@@ -1026,7 +1023,7 @@ func TestPipeline_WithdrawPending(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		f.seed(t, "a", "n", 0)
-		release := f.hold(isAttempt)
+		release := f.Hold(isAttempt)
 		first := started(func() error { return s.Update(t.Context(), "a", increment) })
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
@@ -1051,7 +1048,7 @@ func TestPipeline_WithdrawFolded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		release := stall(t, s, f)
-		grant := f.hold(isGrant)
+		grant := f.Hold(isGrant)
 		ctx, cancel := context.WithCancel(Begin(t.Context()))
 		defer cancel()
 		before := started(commitOf(t, Begin(t.Context()), s, "a", "before", 1))
@@ -1059,7 +1056,7 @@ func TestPipeline_WithdrawFolded(t *testing.T) {
 		after := started(commitOf(t, Begin(t.Context()), s, "a", "after", 1))
 		release()
 		synctest.Wait()
-		if n := len(fakeSent[*etcdserverpb.LeaseGrantRequest](f)); n != 1 {
+		if n := len(etcdfake.Sent[*etcdserverpb.LeaseGrantRequest](f.Etcd)); n != 1 {
 			t.Fatalf("%d leases are asked for, want 1", n)
 		}
 		cancel()
@@ -1088,7 +1085,7 @@ func TestPipeline_WithdrawSent(t *testing.T) {
 			ctx, cancel := context.WithCancel(commits)
 			defer cancel()
 			commit := commitOf(t, ctx, s, "commit", "ours", 1)
-			release := f.hold(isAttempt)
+			release := f.Hold(isAttempt)
 			runs := 0
 			results := []func() error{
 				started(commit),
@@ -1107,7 +1104,7 @@ func TestPipeline_WithdrawSent(t *testing.T) {
 				wantErr(t, "the cancelled one", err, context.Canceled)
 			}
 			if overtaken {
-				f.letPass(t, func() error {
+				f.LetPass(t, func() error {
 					return errors.Join(
 						other.Update(t.Context(), "commit", setting("theirs", 1)),
 						other.Update(t.Context(), "update", setting("theirs", 1)))
@@ -1159,7 +1156,7 @@ func TestPipeline_CloseWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		f.seed(t, "a")
-		release := f.hold(isAttempt)
+		release := f.Hold(isAttempt)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		left := started(func() error { return s.Update(ctx, "a", setting("a", 1)) })
@@ -1188,7 +1185,7 @@ func TestPipeline_Idle(t *testing.T) {
 		for i := range 300 {
 			wantErr(t, "commit", committing(t, s, fmt.Sprint(i), time.Hour)(), nil)
 		}
-		f.script(isAttempt, fakeLose, fakeDrop)
+		f.Script(isAttempt, etcdfake.Lose, etcdfake.Drop)
 		wantErr(t, "update", s.Update(t.Context(), "1", increment), nil)
 		wantIdle(t, s)
 		synctest.Wait()
@@ -1199,11 +1196,11 @@ func TestPipeline_Idle(t *testing.T) {
 				t.Errorf("a goroutine of the %s is left:\n%s", owner, stacks)
 			}
 		}
-		fakeSent[any](f)
+		etcdfake.Sent[any](f.Etcd)
 		if n := testing.AllocsPerRun(100, func() { time.Sleep(time.Hour) }); n != 0 {
 			t.Errorf("%v allocations an hour", n)
 		}
-		if n := len(fakeSent[any](f)); n != 0 {
+		if n := len(etcdfake.Sent[any](f.Etcd)); n != 0 {
 			t.Errorf("%d requests while idle", n)
 		}
 	})
@@ -1247,13 +1244,13 @@ func FuzzPipeline(f *testing.F) {
 			for range 2 {
 				m.stores = append(m.stores, newFakeStoreOn(t, m.f))
 			}
-			m.f.intercept(m.network)
+			m.f.Intercept(m.network)
 			var wg sync.WaitGroup
 			for w := range int(workers)%8 + 1 {
 				wg.Go(func() { m.work(t, fmt.Sprint(w)) })
 			}
 			wg.Wait()
-			m.f.intercept(nil)
+			m.f.Intercept(nil)
 			time.Sleep(time.Minute) // until the last delayed request has arrived
 			for _, s := range m.stores {
 				mustClose(t, s)
@@ -1280,48 +1277,48 @@ func (m *modelRun) delay(n int) time.Duration {
 }
 
 // network carries a request.
-func (m *modelRun) network(r *fakeRequest) error {
-	_, put := r.msg.(*etcdserverpb.PutRequest)
+func (m *modelRun) network(r *etcdfake.Request) error {
+	_, put := r.Msg.(*etcdserverpb.PutRequest)
 	if !put { // of a lease's key, under a mutex: with others waiting for that, time would not pass in the bubble
 		time.Sleep(m.delay(3))
 	}
 	if m.roll(100) >= m.faults {
-		return r.apply()
+		return r.Apply()
 	}
 	if m.roll(50) == 0 {
-		m.f.compact(m.f.rev())
+		m.f.Compact(m.f.Revision())
 	}
 	fate := m.roll(8)
 	if put {
 		fate %= 6
 	}
-	if creates(r.txn()) { // a send arrives once at most; with all others once more makes no difference
-		r.apply = sync.OnceValue(r.apply)
+	if creates(r.Txn()) { // a send arrives once at most; with all others once more makes no difference
+		r.Apply = sync.OnceValue(r.Apply)
 	}
 	if fate != 0 && isAttempt(r) {
 		m.mu.Lock()
-		m.lost = append(m.lost, r.apply)
+		m.lost = append(m.lost, r.Apply)
 		m.mu.Unlock()
 	}
 	switch fate {
 	case 0:
 		return rpctypes.ErrGRPCNoLeader
 	case 1:
-		return fakeDrop(r)
+		return etcdfake.Drop(r)
 	case 2, 3:
-		return fakeLose(r)
+		return etcdfake.Lose(r)
 	case 4:
-		time.AfterFunc(m.delay(3000), func() { _ = r.apply() })
+		time.AfterFunc(m.delay(3000), func() { _ = r.Apply() })
 		return rpctypes.ErrGRPCTimeout
 	case 5:
-		time.AfterFunc(m.delay(3000), func() { _ = r.apply() })
-		return fakeLose(r)
+		time.AfterFunc(m.delay(3000), func() { _ = r.Apply() })
+		return etcdfake.Lose(r)
 	case 6:
-		_ = r.apply()
+		_ = r.Apply()
 		time.Sleep(m.delay(100))
-		return r.apply()
+		return r.Apply()
 	default:
-		return r.wait(nil)
+		return r.Wait(nil)
 	}
 }
 
@@ -1335,7 +1332,7 @@ func (m *modelRun) work(t *testing.T, name string) {
 	for i := range 30 {
 		time.Sleep(m.delay(5))
 		s := m.stores[m.roll(len(m.stores))]
-		c := &modelCall{store: s, token: fmt.Sprint("t", m.roll(3)), marker: fmt.Sprint(name, "-", i), begin: m.f.rev()}
+		c := &modelCall{store: s, token: fmt.Sprint("t", m.roll(3)), marker: fmt.Sprint(name, "-", i), begin: m.f.Revision()}
 		ctx, cancel := t.Context(), context.CancelFunc(func() {})
 		if m.roll(4) == 0 {
 			ctx, cancel = context.WithTimeout(ctx, m.delay(300))
@@ -1350,7 +1347,7 @@ func (m *modelRun) work(t *testing.T, name string) {
 			c.err = s.DeleteCtx(ctx, c.token)
 		}
 		cancel()
-		c.end = m.f.rev()
+		c.end = m.f.Revision()
 		m.mu.Lock()
 		m.calls = append(m.calls, c)
 		m.mu.Unlock()
@@ -1379,8 +1376,6 @@ func (m *modelRun) commit(t *testing.T, ctx context.Context, s *EtcdStore, c *mo
 // check compares what the calls were told with the history.
 func (m *modelRun) check(t *testing.T) {
 	t.Helper()
-	m.f.mu.Lock()
-	defer m.f.mu.Unlock()
 	added := make(map[string][]int64) // the revisions at which a session came to have a marker that it had not
 	for i := range 3 {
 		m.checkSession(t, fmt.Sprint("t", i), added)
@@ -1414,14 +1409,14 @@ func (m *modelRun) check(t *testing.T) {
 			t.Error(c)
 		}
 	}
-	t.Logf("%d calls, %d happened, %d unknown, %d revisions", len(m.calls), happened, unknown, m.f.revision)
+	t.Logf("%d calls, %d happened, %d unknown, %d revisions", len(m.calls), happened, unknown, m.f.Revision())
 }
 
 // checkSession checks the history of a session, and notes when which markers were added.
 func (m *modelRun) checkSession(t *testing.T, token string, added map[string][]int64) {
 	t.Helper()
 	var before map[string]any
-	for _, kv := range m.f.history[fakePrefix+token] {
+	for _, kv := range m.f.Versions(fakePrefix + token) {
 		after := fakeValues(t, kv)
 		for marker := range after {
 			if before[marker] == nil {
@@ -1438,7 +1433,7 @@ func (m *modelRun) checkSession(t *testing.T, token string, added map[string][]i
 	}
 	for _, c := range m.calls {
 		if c.token == token && c.marker == "" && c.err == nil {
-			old, now := m.f.at(fakePrefix+token, c.begin), m.f.at(fakePrefix+token, c.end)
+			old, now := m.f.At(fakePrefix+token, c.begin), m.f.At(fakePrefix+token, c.end)
 			if old == nil || now == nil {
 				continue
 			}
@@ -1463,7 +1458,7 @@ func (m *modelRun) deleting(token string, revision int64) bool {
 // absent reports whether there was no session at some moment of a call.
 func (m *modelRun) absent(c *modelCall) bool {
 	for rev := c.begin; rev <= c.end; rev++ {
-		if m.f.at(fakePrefix+c.token, rev) == nil {
+		if m.f.At(fakePrefix+c.token, rev) == nil {
 			return true
 		}
 	}
@@ -1506,7 +1501,7 @@ func TestPipeline_CompactionIsNotUnknown(t *testing.T) {
 				time.Sleep(10 * time.Minute)
 				c.act(t, other)
 				f.seed(t, "noise")
-				f.compact(f.rev())
+				f.Compact(f.Revision())
 				wantErr(t, "ours", call(), c.want)
 			})
 		})
@@ -1519,10 +1514,10 @@ func TestPipeline_HiddenDelete(t *testing.T) {
 		s, f := newFakeStore(t)
 		other := newFakeStoreOn(t, f)
 		f.seed(t, "a", "n", 0)
-		f.script(isAttempt, func(r *fakeRequest) error {
-			_ = r.apply()
+		f.Script(isAttempt, func(r *etcdfake.Request) error {
+			_ = r.Apply()
 			wantErr(t, "another", committing(t, other, "a", time.Hour, "theirs", 1)(), nil)
-			return r.apply()
+			return r.Apply()
 		})
 		wantErr(t, "ours", s.Delete("a"), nil)
 		f.wantSession(t, "a", 3, "theirs", 1)
@@ -1534,18 +1529,18 @@ func TestPipeline_CreateIsFencedAfterGivingUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
-		var late atomic.Pointer[fakeRequest]
+		var late atomic.Pointer[etcdfake.Request]
 		var up atomic.Bool
-		f.intercept(func(r *fakeRequest) error {
-			_, put := r.msg.(*etcdserverpb.PutRequest)
+		f.Intercept(func(r *etcdfake.Request) error {
+			_, put := r.Msg.(*etcdserverpb.PutRequest)
 			if up.Load() || !put && !isAttempt(r) {
-				return r.apply()
+				return r.Apply()
 			}
 			if !put {
 				late.CompareAndSwap(nil, r) // it waits in a member that is cut off
 			}
-			<-r.done
-			return errFakeLost
+			<-r.Done
+			return etcdfake.ErrLost
 		})
 		ctx, cancel := context.WithTimeout(Begin(t.Context()), 300*time.Millisecond)
 		defer cancel()
@@ -1556,7 +1551,7 @@ func TestPipeline_CreateIsFencedAfterGivingUp(t *testing.T) {
 		wantErr(t, "create again", s.CommitCtx(Begin(t.Context()), "a", b, time.Now().Add(time.Hour)), nil)
 		time.Sleep(time.Second)
 		wantErr(t, "delete", s.Delete("a"), nil)
-		_ = late.Load().apply()
+		_ = late.Load().Apply()
 		if _, back, err := s.Find("a"); back || err != nil {
 			t.Errorf("the deleted session is back: %v, %v", back, err)
 		}
@@ -1568,12 +1563,12 @@ func TestPipeline_TimeIsUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		f.seed(t, "a", "n", 0)
-		f.intercept(func(r *fakeRequest) error {
+		f.Intercept(func(r *etcdfake.Request) error {
 			if isAttempt(r) {
-				<-r.done
-				return errFakeLost
+				<-r.Done
+				return etcdfake.ErrLost
 			}
-			return r.apply()
+			return r.Apply()
 		})
 		timed := func() func() (time.Duration, error) {
 			start := time.Now()
@@ -1607,16 +1602,16 @@ func TestPipeline_FailedIsNotUnknown(t *testing.T) {
 		s, f := newFakeStore(t)
 		f.seed(t, "a", "n", 0)
 		own := errors.New("own")
-		release := f.hold(isAttempt)
+		release := f.Hold(isAttempt)
 		first := started(func() error { return s.Update(t.Context(), "a", increment) })
 		good := started(func() error { return s.Update(t.Context(), "a", increment) })
 		bad := started(func() error { return s.Update(t.Context(), "a", func(map[string]any) error { return own }) })
 		var n atomic.Int32
-		f.intercept(func(r *fakeRequest) error {
+		f.Intercept(func(r *etcdfake.Request) error {
 			if isAttempt(r) && n.Add(1) > 1 {
-				return errFakeLost
+				return etcdfake.ErrLost
 			}
-			return r.apply()
+			return r.Apply()
 		})
 		release()
 		wantErr(t, "first", first(), nil)
@@ -1650,7 +1645,7 @@ func TestPipeline_OvertakenInABatch(t *testing.T) {
 			wantErr(t, tokens[i], result(), nil)
 		}
 		var batches, reads [][]string
-		for _, txn := range fakeSent[*etcdserverpb.TxnRequest](f) {
+		for _, txn := range etcdfake.Sent[*etcdserverpb.TxnRequest](f.Etcd) {
 			if len(fakeAttempts(txn)) > 0 {
 				batches = append(batches, fakeTokens(txn))
 			}
@@ -1697,8 +1692,8 @@ func TestPipeline_NoSpaceAppliedAndDeleted(t *testing.T) {
 		s, f := newFakeStore(t)
 		other := newFakeStoreOn(t, f)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
-		f.script(isAttempt, func(r *fakeRequest) error {
-			_ = r.apply()
+		f.Script(isAttempt, func(r *etcdfake.Request) error {
+			_ = r.Apply()
 			wantErr(t, "another", other.Delete("a"), nil)
 			return rpctypes.ErrGRPCNoSpace
 		})
@@ -1715,8 +1710,8 @@ func TestPipeline_NoSpaceBatchAppliedAndDeleted(t *testing.T) {
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
 		release := stall(t, s, f)
 		calls := []func() error{started(committing(t, s, "a", time.Hour, "n", 1)), started(committing(t, s, "b", time.Hour, "n", 1))}
-		f.script(isAttempt, func(r *fakeRequest) error {
-			_ = r.apply()
+		f.Script(isAttempt, func(r *etcdfake.Request) error {
+			_ = r.Apply()
 			wantErr(t, "another", other.Delete("a"), nil)
 			return rpctypes.ErrGRPCNoSpace
 		})
@@ -1737,8 +1732,8 @@ func TestPipeline_NoSpaceBatchTimeIsUp(t *testing.T) {
 		f.seed(t, "b", "n", 0)
 		release := stall(t, s, f)
 		calls := []func() error{started(func() error { return s.Update(t.Context(), "a", increment) }), started(func() error { return s.Update(t.Context(), "b", increment) })}
-		f.script(isAttempt, func(r *fakeRequest) error {
-			_ = r.apply()
+		f.Script(isAttempt, func(r *etcdfake.Request) error {
+			_ = r.Apply()
 			time.Sleep(301 * time.Millisecond)
 			return rpctypes.ErrGRPCNoSpace
 		})
@@ -1756,12 +1751,12 @@ func TestPipeline_NoSpaceBatchTimeIsUp(t *testing.T) {
 func TestPipeline_SeatlessTimeIsUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
-		f.intercept(func(r *fakeRequest) error {
+		f.Intercept(func(r *etcdfake.Request) error {
 			if isGrant(r) {
-				<-r.done
-				return errFakeLost
+				<-r.Done
+				return etcdfake.ErrLost
 			}
-			return r.apply()
+			return r.Apply()
 		})
 		p := s.pipeline
 		q := &queue{key: fakePrefix + "a", busy: true, sent: true}
@@ -1786,11 +1781,11 @@ func TestPipeline_GivenUpLeavesItsSeat(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
-		f.intercept(func(r *fakeRequest) error {
+		f.Intercept(func(r *etcdfake.Request) error {
 			if isAttempt(r) {
 				return rpctypes.ErrGRPCNoLeader
 			}
-			return r.apply()
+			return r.Apply()
 		})
 		for i := range 10 {
 			err := committing(t, s, fmt.Sprint(i), time.Hour)()
@@ -1828,7 +1823,7 @@ func TestPipeline_DeleteAfterOwnCreate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
-		release := f.hold(isAttempt)
+		release := f.Hold(isAttempt)
 		ctx, cancel := context.WithCancel(Begin(t.Context()))
 		defer cancel()
 		b := gobSession(t, time.Now().Add(time.Hour), map[string]any{"user": "alice"})
@@ -1850,7 +1845,7 @@ func TestPipeline_PanicOverAGuess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
 		f.seed(t, "a", "n", 0)
-		release := f.hold(isAttempt)
+		release := f.Hold(isAttempt)
 		first := started(func() error { return s.Update(t.Context(), "a", increment) })
 		panicking := started(func() error {
 			return s.Update(t.Context(), "a", func(map[string]any) error { panic("over a guess") })
@@ -1858,11 +1853,11 @@ func TestPipeline_PanicOverAGuess(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		later := started(func() error { return s.Update(t.Context(), "a", increment) })
 		var n atomic.Int32
-		f.intercept(func(r *fakeRequest) error {
+		f.Intercept(func(r *etcdfake.Request) error {
 			if isAttempt(r) && n.Add(1) > 1 {
-				return errFakeLost
+				return etcdfake.ErrLost
 			}
-			return r.apply()
+			return r.Apply()
 		})
 		release()
 		wantErr(t, "first", first(), nil)

@@ -13,6 +13,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/etcdfake"
 	"github.com/seed210be38d/etcdstore/internal/limit"
 )
 
@@ -33,11 +34,11 @@ func fakeReads(msg any) (tokens []string) {
 }
 
 // isRead reports whether a request is a reader's.
-func isRead(r *fakeRequest) bool { return len(fakeReads(r.msg)) > 0 }
+func isRead(r *etcdfake.Request) bool { return len(fakeReads(r.Msg)) > 0 }
 
 // reads returns the tokens of each read since the last call.
 func (f *fakeEtcd) reads() (reads [][]string) {
-	for _, msg := range fakeSent[any](f) {
+	for _, msg := range etcdfake.Sent[any](f.Etcd) {
 		if tokens := fakeReads(msg); tokens != nil {
 			reads = append(reads, tokens)
 		}
@@ -74,7 +75,7 @@ func wantFind(t *testing.T, what string, result func() (any, error), want any, w
 func stallReads(t *testing.T, s *EtcdStore, f *fakeEtcd) (release func()) {
 	t.Helper()
 	f.reads()
-	release = f.hold(isRead)
+	release = f.Hold(isRead)
 	for range limit.Initial {
 		finding(t, t.Context(), s, "stalled")
 	}
@@ -118,8 +119,8 @@ func TestReader_LaterCallersReadLater(t *testing.T) {
 		s, f := newFakeStore(t)
 		f.seed(t, "a", "a", 1)
 		answer := make(chan struct{})
-		f.script(isRead, func(r *fakeRequest) error {
-			err := r.apply()
+		f.Script(isRead, func(r *etcdfake.Request) error {
+			err := r.Apply()
 			<-answer
 			return err
 		})
@@ -169,7 +170,7 @@ func TestReader_FullBatch(t *testing.T) {
 func TestReader_FewerOperations(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
-		f.maxOps = 16
+		f.LimitTo(16, 1536<<10)
 		for range 5 {
 			release := stallReads(t, s, f)
 			var results []func() (any, error)
@@ -189,18 +190,18 @@ func TestReader_FewerOperations(t *testing.T) {
 
 // A read that did not reach etcd, or whose answer was lost, is made again.
 func TestReader_Retries(t *testing.T) {
-	for name, fate := range map[string]func(*fakeRequest) error{
-		"dropped":     fakeDrop,
-		"answer lost": fakeLose,
-		"no leader":   fakeAnswer(rpctypes.ErrGRPCNoLeader),
-		"timed out":   fakeAnswer(rpctypes.ErrGRPCTimeout),
-		"silence":     func(r *fakeRequest) error { return r.wait(nil) },
+	for name, fate := range map[string]func(*etcdfake.Request) error{
+		"dropped":     etcdfake.Drop,
+		"answer lost": etcdfake.Lose,
+		"no leader":   etcdfake.Answer(rpctypes.ErrGRPCNoLeader),
+		"timed out":   etcdfake.Answer(rpctypes.ErrGRPCTimeout),
+		"silence":     func(r *etcdfake.Request) error { return r.Wait(nil) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s, f := newFakeStore(t)
 				f.seed(t, "a", "a", 1)
-				f.script(isRead, fate, fate, fate)
+				f.Script(isRead, fate, fate, fate)
 				wantFind(t, "find", finding(t, t.Context(), s, "a"), 1, nil)
 				if n := len(f.reads()); n != 4 {
 					t.Errorf("%d reads, want 4", n)
@@ -217,7 +218,7 @@ func TestReader_DeniedKey(t *testing.T) {
 		for i := range 10 {
 			f.seed(t, fmt.Sprint(i), "a", i)
 		}
-		f.denied[fakePrefix+"3"] = true
+		f.Deny(fakePrefix + "3")
 		release := stallReads(t, s, f)
 		var results []func() (any, error)
 		for i := range 10 {
@@ -246,8 +247,8 @@ func TestReader_ContextsEnd(t *testing.T) {
 		one, two, three := finding(t, short, s, "a"), finding(t, cancelled, s, "a"), finding(t, t.Context(), s, "a")
 		cancelNow()
 		wantFind(t, "the cancelled one", two, nil, context.Canceled)
-		f.script(func(r *fakeRequest) bool { return slices.Contains(fakeReads(r.msg), "a") },
-			slices.Repeat([]func(*fakeRequest) error{fakeAnswer(rpctypes.ErrGRPCNoLeader)}, 12)...) // for more than a second
+		f.Script(func(r *etcdfake.Request) bool { return slices.Contains(fakeReads(r.Msg), "a") },
+			slices.Repeat([]func(*etcdfake.Request) error{etcdfake.Answer(rpctypes.ErrGRPCNoLeader)}, 12)...) // for more than a second
 		release()
 		_, err := one()
 		wantErr(t, "the short one", err, context.DeadlineExceeded)

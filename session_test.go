@@ -195,9 +195,7 @@ func TestStore_Unreadable(t *testing.T) {
 					}
 				}
 				versions := func() [2]int {
-					f.mu.Lock()
-					defer f.mu.Unlock()
-					return [2]int{len(f.history[fakePrefix+"a"]), len(f.history[fakePrefix+"a:b"])}
+					return [2]int{len(f.Versions(fakePrefix + "a")), len(f.Versions(fakePrefix + "a:b"))}
 				}
 				before := versions()
 

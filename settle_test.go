@@ -13,6 +13,7 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/etcdfake"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -24,11 +25,11 @@ func TestPipeline_TraceErrorIsUnknown(t *testing.T) {
 		s, f := newFakeStore(t)
 		other := newFakeStoreOn(t, f)
 		f.seed(t, "a", "n", 0)
-		f.script(isAttempt, func(r *fakeRequest) error {
-			_ = r.apply() // the client's first send
+		f.Script(isAttempt, func(r *etcdfake.Request) error {
+			_ = r.Apply() // the client's first send
 			wantErr(t, "another", other.Update(t.Context(), "a", increment), nil)
-			f.compact(f.rev())
-			return r.apply() // its second, which the store takes for the only one
+			f.Compact(f.Revision())
+			return r.Apply() // its second, which the store takes for the only one
 		})
 		wantErr(t, "ours", s.Update(t.Context(), "a", increment), ErrOutcomeUnknown)
 		f.wantSession(t, "a", 3, "n", 2)
@@ -39,17 +40,17 @@ func TestPipeline_TraceErrorIsUnknown(t *testing.T) {
 func TestPipeline_HistoryWithFewerOperations(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
-		f.maxOps = 64
+		f.LimitTo(64, 1536<<10)
 		other := newFakeStoreOn(t, f)
 		f.seed(t, "x", "n", 0)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
-		f.script(isAttempt, func(r *fakeRequest) error {
+		f.Script(isAttempt, func(r *etcdfake.Request) error {
 			for range 100 {
 				wantErr(t, "another", other.Update(t.Context(), "x", increment), nil)
 			}
-			_ = r.apply()
+			_ = r.Apply()
 			wantErr(t, "another", other.Delete("a"), nil)
-			return errFakeLost
+			return etcdfake.ErrLost
 		})
 		wantErr(t, "ours", committing(t, s, "a", time.Hour, "n", 1)(), nil)
 		f.wantSession(t, "a", 2)
@@ -63,12 +64,12 @@ func TestPipeline_HistoryWithFewerOperations(t *testing.T) {
 func TestPipeline_HalvedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, f := newFakeStore(t)
-		f.maxOps = 100
+		f.LimitTo(100, 1536<<10)
 		const n = 6 * etcd.MaxBatchKeys
 		for i := range n {
 			f.seed(t, fmt.Sprint(i))
 		}
-		release := f.hold(isAttempt)
+		release := f.Hold(isAttempt)
 		var results []func() error
 		for i := range n {
 			results = append(results, started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
@@ -101,21 +102,24 @@ func TestPipeline_StaleExpiry(t *testing.T) {
 }
 
 // isTTL reports whether a request asks for a lease's keys.
-func isTTL(r *fakeRequest) bool { _, ok := r.msg.(*etcdserverpb.LeaseTimeToLiveRequest); return ok }
+func isTTL(r *etcdfake.Request) bool {
+	_, ok := r.Msg.(*etcdserverpb.LeaseTimeToLiveRequest)
+	return ok
+}
 
-func isRevoke(r *fakeRequest) bool { _, ok := r.msg.(*etcdserverpb.LeaseRevokeRequest); return ok }
+func isRevoke(r *etcdfake.Request) bool { _, ok := r.Msg.(*etcdserverpb.LeaseRevokeRequest); return ok }
 
 // onLease narrows match to requests about one lease.
-func onLease(id clientv3.LeaseID, match func(r *fakeRequest) bool) func(r *fakeRequest) bool {
-	return func(r *fakeRequest) bool {
-		q, ok := r.msg.(interface{ GetID() int64 })
+func onLease(id clientv3.LeaseID, match func(r *etcdfake.Request) bool) func(r *etcdfake.Request) bool {
+	return func(r *etcdfake.Request) bool {
+		q, ok := r.Msg.(interface{ GetID() int64 })
 		return match(r) && ok && q.GetID() == int64(id)
 	}
 }
 
 // ofSession tells the attempts that carry one session.
-func ofSession(token string) func(r *fakeRequest) bool {
-	return func(r *fakeRequest) bool { return slices.Contains(fakeTokens(r.txn()), token) }
+func ofSession(token string) func(r *etcdfake.Request) bool {
+	return func(r *etcdfake.Request) bool { return slices.Contains(fakeTokens(r.Txn()), token) }
 }
 
 // A lease is found to be unused while a create that names it is under way. Where the create arrives first, the second look
@@ -128,19 +132,19 @@ func TestPipeline_RevokeLooksAgain(t *testing.T) {
 				s, f := newFakeStore(t)
 				wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
 				wantErr(t, "off it", s.Delete("warm"), nil)
-				l := f.granted
+				l := f.LastLease()
 				time.Sleep(15*time.Minute - time.Millisecond) // the last moment in which it takes a session
-				create := f.hold(ofSession("late"))
+				create := f.Hold(ofSession("late"))
 				late := started(committing(t, s, "late", 50*time.Minute, "n", 1))
 
 				time.Sleep(2 * time.Millisecond)
 				seen := make(chan struct{})
 				var looked atomic.Int32
-				f.intercept(func(r *fakeRequest) error {
-					err := r.apply()
+				f.Intercept(func(r *etcdfake.Request) error {
+					err := r.Apply()
 					if onLease(l, isTTL)(r) {
 						if looked.Add(1) == look {
-							return r.wait(seen)
+							return r.Wait(seen)
 						}
 					}
 					return err
@@ -170,25 +174,25 @@ func TestPipeline_LeaseRevokedUnderway(t *testing.T) {
 		s, f := newFakeStore(t)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
 		wantErr(t, "off it", s.Delete("warm"), nil)
-		l := f.granted
+		l := f.LastLease()
 		stalled := stall(t, s, f)
 		large := started(committing(t, s, "large", time.Hour, "a", strings.Repeat("x", 40<<10)))
 		var small []func() error
 		for i := range leaseSeats - 1 {
 			small = append(small, started(committing(t, s, fmt.Sprint(i), time.Hour, "a", 1)))
 		}
-		holdSmall := f.hold(ofSession("0"))
-		holdLarge := f.hold(ofSession("large"))
+		holdSmall := f.Hold(ofSession("0"))
+		holdLarge := f.Hold(ofSession("large"))
 		stalled()
-		holdRevoke := f.hold(isRevoke)
+		holdRevoke := f.Hold(isRevoke)
 		for i := range 3 { // leases for other lifetimes, each with a sweep
 			wantErr(t, "another lifetime", committing(t, s, fmt.Sprint("long ", i), time.Hour<<(3*i+3))(), nil)
 		}
-		revokes := fakeSent[*etcdserverpb.LeaseRevokeRequest](f)
+		revokes := etcdfake.Sent[*etcdserverpb.LeaseRevokeRequest](f.Etcd)
 		if len(revokes) == 0 || slices.ContainsFunc(revokes, func(r *etcdserverpb.LeaseRevokeRequest) bool { return r.ID != int64(l) }) {
 			t.Fatalf("revokes under way: %v, want some of lease %d", revokes, l)
 		}
-		f.script(ofSession("large"), fakeDrop)
+		f.Script(ofSession("large"), etcdfake.Drop)
 		holdLarge()
 		wantErr(t, "large", large(), nil)
 		holdSmall()
@@ -237,7 +241,7 @@ func TestPipeline_LeaseLostBetweenSends(t *testing.T) {
 					f.seed(t, "a", "n", 0)
 				}
 				var oldLease clientv3.LeaseID
-				if kv := f.at(fakePrefix+"a", f.rev()); kv != nil {
+				if kv := f.At(fakePrefix+"a", f.Revision()); kv != nil {
 					oldLease = clientv3.LeaseID(kv.Lease)
 				}
 				for i := range 4 {
@@ -257,20 +261,20 @@ func TestPipeline_LeaseLostBetweenSends(t *testing.T) {
 				ours := started(func() error {
 					return s.CommitCtx(ctx, "a", gobSession(t, day0, n(1)), time.Now().Add(4*time.Hour))
 				})
-				f.script(ofSession("a"), func(r *fakeRequest) error {
-					if n := len(fakeTokens(r.txn())); n != 9 {
+				f.Script(ofSession("a"), func(r *etcdfake.Request) error {
+					if n := len(fakeTokens(r.Txn())); n != 9 {
 						t.Errorf("%d sessions are in the batch, want 9", n)
 					}
 					if c.applied {
-						wantErr(t, "the first send", r.apply(), nil)
+						wantErr(t, "the first send", r.Apply(), nil)
 					}
 					lost := oldLease
 					if !c.old {
-						lost = clientv3.LeaseID(fakePuts([]*etcdserverpb.TxnRequest{r.txn()}, "a")[0].Lease)
+						lost = clientv3.LeaseID(fakePuts([]*etcdserverpb.TxnRequest{r.Txn()}, "a")[0].Lease)
 					}
 					_, err := f.Revoke(t.Context(), lost)
 					wantErr(t, "revoke", err, nil)
-					return errFakeLost
+					return etcdfake.ErrLost
 				})
 				release()
 				wantErr(t, "ours", ours(), nil)
@@ -296,11 +300,11 @@ func TestPipeline_HiddenCreate(t *testing.T) {
 		s, f := newFakeStore(t)
 		other := newFakeStoreOn(t, f)
 		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
-		f.script(isAttempt, func(r *fakeRequest) error {
-			_ = r.apply()
+		f.Script(isAttempt, func(r *etcdfake.Request) error {
+			_ = r.Apply()
 			wantErr(t, "another", other.Delete("a"), nil)
 			wantErr(t, "another", committing(t, other, "a", time.Hour, "theirs", 1)(), nil)
-			return r.apply()
+			return r.Apply()
 		})
 		wantErr(t, "ours", committing(t, s, "a", time.Hour, "ours", 1)(), nil)
 		f.wantSession(t, "a", 3, "theirs", 1)
