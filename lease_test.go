@@ -12,9 +12,6 @@ import (
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
-	"github.com/seed210be38d/etcdstore/internal/etcd"
-	"github.com/seed210be38d/etcdstore/internal/record"
-
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
@@ -69,7 +66,7 @@ func TestLease_OneSessionManyCommits(t *testing.T) {
 	defer mustClose(t, s)
 	ctx := Begin(t.Context())
 	mustCommit(t, s, "a", "x", 20*time.Minute)
-	etcdtest.Eventually(t, 5*time.Second, s.leases.unchecked.Load, "without authentication, the store does not find that out")
+	etcdtest.Eventually(t, 5*time.Second, s.leases.Unchecked, "without authentication, the store does not find that out")
 	if _, ok, err := s.FindCtx(ctx, "a"); !ok || err != nil {
 		t.Fatal(ok, err)
 	}
@@ -150,46 +147,6 @@ func TestLease_Turnover(t *testing.T) {
 	if n := faults.Calls(grantMethod); n > 2 {
 		t.Errorf("%d leases granted for 300 sessions, one after the other", n)
 	}
-}
-
-// cutOff is an etcd that answers what is asked about leases as it once did, like a member that does not know yet that it has
-// lost the leadership.
-type cutOff struct {
-	etcd.API
-	once *clientv3.LeaseTimeToLiveResponse
-}
-
-func (c *cutOff) TimeToLive(ctx context.Context, id clientv3.LeaseID, opts ...clientv3.LeaseOption) (*clientv3.LeaseTimeToLiveResponse, error) {
-	if c.once != nil {
-		return c.once, nil
-	}
-	return c.API.TimeToLive(ctx, id, opts...)
-}
-
-// A lease is not revoked because a member that is cut off knows of no session on it.
-func TestLease_UnusedLongAgo(t *testing.T) {
-	cli := etcdtest.New(t, etcdtest.Config{}).Client(t)
-	c := &cutOff{API: cli}
-	s := newStore(c, cli, defaultPrefix, nil)
-	mustCommit(t, s, "a", "x", time.Hour)
-	if err := s.Delete("a"); err != nil {
-		t.Fatal(err)
-	}
-	l := s.leases.open[0]
-	before, err := cli.TimeToLive(t.Context(), l.id, clientv3.WithAttachedKeys())
-	if err != nil {
-		t.Fatal(err)
-	}
-	mustCommit(t, s, "b", "x", time.Hour)
-	c.once = before
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
-	if err := s.leases.lookAfter(ctx, l); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("looking after a lease: %v", err)
-	}
-	c.once = nil
-	wantFound(t, s, "b", "x")
-	mustClose(t, s)
 }
 
 // Close keeps the leases that sessions are on.
@@ -294,7 +251,7 @@ func TestLease_RBAC(t *testing.T) {
 	s := New(cli)
 	commitMany(t, s, 250)
 	conflict(t, s)
-	if s.leases.unchecked.Load() {
+	if s.leases.Unchecked() {
 		t.Error("with authentication on, a Put must not name the lease that its key stays on")
 	}
 	all, err := s.All()
@@ -319,36 +276,6 @@ func TestLease_RBAC(t *testing.T) {
 		if !errors.Is(err, rpctypes.ErrPermissionDenied) || strings.Contains(err.Error(), "token") {
 			t.Errorf("%s without permission: %v", call, err)
 		}
-	}
-}
-
-// Where a session's expiry lies decides which lease it shares.
-func TestLease_Fitting(t *testing.T) {
-	now := record.Millis(1_000_000_000)
-	hour := record.Millis(time.Hour.Milliseconds())
-	p := newLeasePool(etcd.NewClient(nil), "", func() record.Millis { return now }, func(func()) {})
-	p.open = []*lease{{id: 1, until: now + hour + hour/4, opens: record.Forever}}
-	for _, c := range []struct {
-		name string
-		left record.Millis
-		want bool
-	}{
-		{"as granted for", hour, true},
-		{"a little earlier", hour - hour/10, true},
-		{"so late that it would soon outgrow the lease", hour + hour/4, false},
-		{"so early that the lease would hold it far too long", hour / 2, false},
-		{"later than the lease", 2 * hour, false},
-	} {
-		if _, got := p.attach(now + c.left); got != c.want {
-			t.Errorf("%s: %v", c.name, got)
-		}
-	}
-	p.open[0].sessions = leaseSeats
-	if _, ok := p.attach(now + hour); ok {
-		t.Error("a full lease took another session")
-	}
-	if len(p.open) != 0 || len(p.closed) != 1 {
-		t.Error("a full lease was not closed")
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/lease"
 	"github.com/seed210be38d/etcdstore/internal/limit"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
@@ -71,7 +72,7 @@ const (
 // No goroutine runs while nothing waits. The rule for when a batch may go is lane's.
 type pipeline struct {
 	conn   *etcd.Client
-	leases *leasePool
+	leases *lease.Pool
 	prefix string
 	now    func() record.Millis
 	decode func(kvs []*mvccpb.KeyValue, asOf int64) *version
@@ -137,7 +138,7 @@ type queue struct {
 	queued  bool     // in pipeline.ready
 }
 
-func newPipeline(c *etcd.Client, leases *leasePool, prefix string, now func() record.Millis, decode func([]*mvccpb.KeyValue, int64) *version) *pipeline {
+func newPipeline(c *etcd.Client, leases *lease.Pool, prefix string, now func() record.Millis, decode func([]*mvccpb.KeyValue, int64) *version) *pipeline {
 	p := &pipeline{conn: c, leases: leases, prefix: prefix, now: now, decode: decode, queues: make(map[string]*queue)}
 	p.lane = limit.New(etcd.MaxBatchKeys, p.work)
 	return p
@@ -314,7 +315,7 @@ type attempt struct {
 
 	record  record.Record
 	value   string
-	seat    seat // a new one, on the lease that the Put names; zero where it keeps the key's lease, or there is no Put
+	seat    lease.Seat // a new one, on the lease that the Put names; zero where it keeps the key's lease, or there is no Put
 	keep    clientv3.OpOption
 	guard   *guard
 	since   int64 // a revision that etcd had before the first send, lately: a version up to it is not this attempt's
@@ -385,10 +386,10 @@ func (p *pipeline) fold(q *queue, ops []*op) *attempt {
 			return nil
 		}
 		a.record = record.Record{Payload: payload, PrefixLen: len(p.prefix), Expiry: a.final.expiry, ID: record.NewWriteID()}
-		if a.base.lease != 0 && p.leases.covers(a.base.until, a.final.expiry, now) {
+		if a.base.lease != 0 && p.leases.Covers(a.base.until, a.final.expiry, now) {
 			a.record.LeaseEnd = a.base.until
 			a.value = string(a.record.Encode())
-			a.keep = p.leases.keep(a.base.lease)
+			a.keep = p.leases.Keep(a.base.lease)
 		}
 	case a.final == nil && a.base.rev != 0 && a.base.err != errForeignKey: //nolint:errorlint // never wrapped here
 		a.kind = writeDelete
@@ -444,21 +445,21 @@ func newest(known *version, ops []*op) *version {
 
 // needsLease reports whether a's Put names a lease and has none yet.
 func (a *attempt) needsLease() bool {
-	return a.kind == writePut && a.seat.lease == nil && a.record.LeaseEnd == 0
+	return a.kind == writePut && !a.seat.Taken() && a.record.LeaseEnd == 0
 }
 
 // sit puts a on a lease.
-func (a *attempt) sit(s seat) {
+func (a *attempt) sit(s lease.Seat) {
 	a.seat = s
-	a.record.LeaseEnd = s.until
+	a.record.LeaseEnd = s.Until()
 	a.value = string(a.record.Encode())
 }
 
 // leave gives up a's seat, if it has one.
 func (p *pipeline) leave(a *attempt) {
-	if a.seat.lease != nil {
-		p.leases.left(a.seat.id)
-		a.seat, a.record.LeaseEnd = seat{}, 0
+	if a.seat.Taken() {
+		p.leases.Leave(a.seat.Lease())
+		a.seat, a.record.LeaseEnd = lease.Seat{}, 0
 	}
 }
 
@@ -469,7 +470,7 @@ func (p *pipeline) dispatch(attempts []*attempt) {
 	size := 0
 	for _, a := range attempts {
 		if a.needsLease() {
-			s, ok := p.leases.attach(a.final.expiry)
+			s, ok := p.leases.Attach(a.final.expiry)
 			if !ok {
 				leaseless = append(leaseless, a)
 				continue
@@ -507,7 +508,7 @@ func (p *pipeline) seatAll(attempts []*attempt) {
 func (p *pipeline) seatOne(a *attempt) bool {
 	for {
 		ctx, cancel := context.WithDeadline(context.Background(), a.firstDeadline())
-		s, err := p.leases.acquire(ctx, a.final.expiry)
+		s, err := p.acquire(ctx, a.final.expiry)
 		ended := ctx.Err() != nil
 		cancel()
 		switch {
@@ -519,6 +520,25 @@ func (p *pipeline) seatOne(a *attempt) bool {
 		case !ended:
 			p.fail(a, err)
 			return false
+		}
+	}
+}
+
+// acquire returns a seat on a lease, waiting for one where none is open.
+func (p *pipeline) acquire(ctx context.Context, expiry record.Millis) (lease.Seat, error) {
+	for b := (etcd.Backoff{}); ; {
+		if s, ok := p.leases.Attach(expiry); ok {
+			return s, nil
+		}
+		err := p.leases.Wait(ctx, expiry)
+		switch k := etcd.Classify(err); {
+		case ctx.Err() != nil:
+			return lease.Seat{}, etcd.Ended(ctx.Err(), err)
+		case err == nil:
+		case k != etcd.Unknown && k != etcd.Transient:
+			return lease.Seat{}, err
+		case !b.Wait(ctx):
+			return lease.Seat{}, etcd.Ended(ctx.Err(), err)
 		}
 	}
 }
@@ -536,11 +556,11 @@ func (a *attempt) txn(asks bool) clientv3.Op {
 	switch {
 	case a.kind == writeDelete:
 		then = append(then, clientv3.OpDelete(key))
-	case a.kind == writePut && a.seat.lease == nil:
+	case a.kind == writePut && !a.seat.Taken():
 		then = append(then, clientv3.OpPut(key, a.value, a.keep))
 	case a.kind == writePut:
-		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(a.seat.key), "=", a.seat.fence))
-		then = append(then, clientv3.OpPut(key, a.value, clientv3.WithLease(a.seat.id)))
+		cmps = append(cmps, a.seat.Compare())
+		then = append(then, clientv3.OpPut(key, a.value, clientv3.WithLease(a.seat.Lease())))
 	}
 	if a.guard != nil {
 		cmps = append(cmps, a.guard.cmp)
@@ -554,8 +574,8 @@ func (a *attempt) txn(asks bool) clientv3.Op {
 // gets returns what tells why a's compares have failed: the session and, where its lease is a new one, the fence.
 func (a *attempt) gets() []clientv3.Op {
 	gets := []clientv3.Op{clientv3.OpGet(a.queue.key)}
-	if a.seat.lease != nil {
-		gets = append(gets, clientv3.OpGet(a.seat.key))
+	if a.seat.Taken() {
+		gets = append(gets, clientv3.OpGet(a.seat.Key()))
 	}
 	return gets
 }

@@ -1793,10 +1793,7 @@ func TestPipeline_GivenUpLeavesItsSeat(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		s.leases.mu.Lock()
-		n := s.leases.open[0].sessions
-		s.leases.mu.Unlock()
-		if n != 1 {
+		if _, n := s.leases.Count(); n != 1 {
 			t.Errorf("%d seats are taken, of 1 session", n)
 		}
 	})

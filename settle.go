@@ -213,11 +213,11 @@ func (p *pipeline) applied(a *attempt, rev int64) {
 	case a.base.rev == 0:
 		v.created, v.nth = rev, 1
 	}
-	if a.seat.lease != nil {
-		v.lease = a.seat.id
+	if a.seat.Taken() {
+		v.lease = a.seat.Lease()
 	}
 	if a.base.lease != v.lease {
-		p.leases.left(a.base.lease)
+		p.leases.Leave(a.base.lease)
 	}
 	if a.clears {
 		p.requeue(a, v)
@@ -230,10 +230,11 @@ func (p *pipeline) applied(a *attempt, rev int64) {
 // holds. It reports whether the attempt must be sent again.
 func (p *pipeline) unguarded(a *attempt, ans answer) bool {
 	switch {
-	case a.seat.lease != nil && ans.fence != a.seat.fence && p.leases.fenced(a.seat.lease, ans.fence):
-		a.seat = p.leases.seatAgain(a.seat)
-		return true
-	case a.seat.lease != nil && ans.fence != a.seat.fence:
+	case a.seat.Taken() && ans.fence != a.seat.Fence():
+		if seat, usable := p.leases.Refenced(a.seat, ans.fence); usable {
+			a.seat = seat
+			return true
+		}
 		// The lease is lost. The attempt keeps its write id, since an earlier send of it may have been applied
 		// before that.
 		p.leave(a)
@@ -367,7 +368,7 @@ func (p *pipeline) refused(batch []*attempt, err error) []*attempt {
 		return keep(batch, func(a *attempt) bool {
 			a.unknown = true
 			if a.kind == writePut && a.base.rev == 0 {
-				p.leases.suspect(a.seat)
+				p.leases.Doubt(a.seat)
 				go p.settleCreate(a)
 				return false
 			}
@@ -392,8 +393,8 @@ func (p *pipeline) refused(batch []*attempt, err error) []*attempt {
 // refusedAlone handles a definite error to a lone attempt.
 func (p *pipeline) refusedAlone(a *attempt, err error) []*attempt {
 	switch k := etcd.Classify(err); {
-	case k == etcd.LeaseLost && a.seat.lease != nil:
-		p.leases.lost(a.seat.lease)
+	case k == etcd.LeaseLost && a.seat.Taken():
+		p.leases.Forget(a.seat)
 		p.leave(a)
 		go p.dispatch([]*attempt{a})
 	case a.unknown:
@@ -415,9 +416,11 @@ func (p *pipeline) refusedAlone(a *attempt, err error) []*attempt {
 // deleted by others in between: it compares the same fence. That takes a server that answers a write which it applies with
 // Canceled or DeadlineExceeded, and a logout within the attempt.
 func (p *pipeline) settleCreate(a *attempt) {
-	err := p.within(a, func(ctx context.Context) error { return p.leases.refence(ctx, a.seat) })
+	err := p.within(a, func(ctx context.Context) error {
+		return etcd.Retry(ctx, func(ctx context.Context) error { return p.leases.Refence(ctx, a.seat) })
+	})
 	if err != nil {
-		p.leases.refenceLater(a.seat)
+		p.leases.RefenceLater(a.seat)
 		p.giveUp(a, err)
 		return
 	}

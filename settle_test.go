@@ -14,6 +14,7 @@ import (
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/etcdfake"
+	"github.com/seed210be38d/etcdstore/internal/lease"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -178,7 +179,7 @@ func TestPipeline_LeaseRevokedUnderway(t *testing.T) {
 		stalled := stall(t, s, f)
 		large := started(committing(t, s, "large", time.Hour, "a", strings.Repeat("x", 40<<10)))
 		var small []func() error
-		for i := range leaseSeats - 1 {
+		for i := range lease.Seats - 1 {
 			small = append(small, started(committing(t, s, fmt.Sprint(i), time.Hour, "a", 1)))
 		}
 		holdSmall := f.Hold(ofSession("0"))
@@ -205,7 +206,7 @@ func TestPipeline_LeaseRevokedUnderway(t *testing.T) {
 			t.Errorf("the lease was not revoked: %v, %v", ttl, err)
 		}
 		f.wantSession(t, "large", 1, "a", strings.Repeat("x", 40<<10))
-		for i := range leaseSeats - 1 {
+		for i := range lease.Seats - 1 {
 			f.wantSession(t, fmt.Sprint(i), 1, "a", 1)
 		}
 	})

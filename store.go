@@ -9,6 +9,7 @@ import (
 	"github.com/alexedwards/scs/v2"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/lease"
 	"github.com/seed210be38d/etcdstore/internal/lock"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
@@ -35,7 +36,7 @@ type EtcdStore struct {
 	prefix   string
 	client   *clientv3.Client
 	conn     *etcd.Client
-	leases   *leasePool
+	leases   *lease.Pool
 	reader   *reader
 	pipeline *pipeline
 	locks    *lock.Locks
@@ -73,7 +74,7 @@ func newStore(api etcd.API, client *clientv3.Client, prefix string, opts []Optio
 		options: newOptions(opts), clock: record.Clock{Wall: time.Now},
 		prefix: prefix, client: client, conn: etcd.NewClient(api),
 	}
-	e.leases = newLeasePool(e.conn, prefix+reserved+"lease/", e.clock.WallTime, e.background.Go)
+	e.leases = lease.New(e.conn, prefix+reserved+"lease/", e.clock.WallTime, e.background.Go)
 	e.reader = newReader(e.conn, e.decodeVersion)
 	e.pipeline = newPipeline(e.conn, e.leases, prefix, e.clock.Now, e.decodeVersion)
 	e.locks = lock.New(client, prefix+reserved+"lock/", e.timeout, e.background.Go)
@@ -321,5 +322,5 @@ func (e *EtcdStore) Close() error {
 	e.locks.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), e.timeout)
 	defer cancel()
-	return callError("close", e.leases.close(ctx))
+	return callError("close", e.leases.Close(ctx))
 }
