@@ -10,82 +10,12 @@ import (
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 
+	"github.com/seed210be38d/etcdstore/internal/commit"
 	"github.com/seed210be38d/etcdstore/internal/record"
+	"github.com/seed210be38d/etcdstore/internal/session"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
-
-func BenchmarkRecord_Encode(b *testing.B) {
-	for _, size := range []int{256, 4 << 10, 64 << 10} {
-		b.Run(fmt.Sprintf("bytes=%d", size), func(b *testing.B) {
-			r := record.Record{Payload: make([]byte, size), PrefixLen: 12, Expiry: 1, LeaseEnd: 2, ID: record.NewWriteID()}
-			b.ReportAllocs()
-			b.SetBytes(int64(size))
-			for b.Loop() {
-				r.Encode()
-			}
-		})
-	}
-}
-
-func BenchmarkRecord_Decode(b *testing.B) {
-	for _, size := range []int{256, 4 << 10, 64 << 10} {
-		b.Run(fmt.Sprintf("bytes=%d", size), func(b *testing.B) {
-			r := record.Record{Payload: make([]byte, size), PrefixLen: 12, Expiry: 1, LeaseEnd: 2, ID: record.NewWriteID()}
-			value := r.Encode()
-			b.ReportAllocs()
-			b.SetBytes(int64(size))
-			for b.Loop() {
-				if _, kind := record.Decode(value); kind != record.KindRecord {
-					b.Fatal("no record")
-				}
-			}
-		})
-	}
-}
-
-// tenKeys returns contents of ten keys, as a session of a shop may have them, some of them changed.
-func tenKeys(changed ...string) *contents {
-	c := with()
-	for i := range 10 {
-		if key := fmt.Sprint("key", i); i%2 == 0 {
-			c.values[key] = i
-		} else {
-			c.values[key] = "some text, " + key
-		}
-	}
-	for _, key := range changed {
-		c.values[key] = "changed"
-	}
-	return c
-}
-
-func BenchmarkMerger_Merge(b *testing.B) {
-	base, ours, theirs := tenKeys(), tenKeys("key1"), tenKeys("key2")
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := (merger{}).merge(base, ours, theirs); err != nil {
-			b.Fatal(err)
-		}
-	}
-}
-
-// A step of a fold: the base and what the commit wants are decoded already, and so is what the fold has made so far.
-func BenchmarkCommit_Next(b *testing.B) {
-	base, current := gobImage(b, tenKeys(), 1000), gobImage(b, tenKeys("key2"), 1000)
-	c := &commit{base: &read{image: base, rev: 5}, ours: gobImage(b, tenKeys("key1"), 1000)}
-	for _, i := range []*image{base, current, c.ours} {
-		if _, err := i.decoded(); err != nil {
-			b.Fatal(err)
-		}
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := c.next(state{image: current}); err != nil {
-			b.Fatal(err)
-		}
-	}
-}
 
 // yes is an etcd that does nothing and says that every Txn succeeded.
 type yes struct{ revision atomic.Int64 }
@@ -132,13 +62,15 @@ func BenchmarkPipeline_Do(b *testing.B) {
 				defer func() { _ = store.Close() }()
 				ctx, cancel := context.WithTimeout(b.Context(), time.Hour)
 				defer cancel()
-				ours := gobImage(b, tenKeys(), record.ToMillis(time.Now().Add(time.Hour)))
+				payload := gobSession(b, time.Now().Add(time.Hour), map[string]any{"user": "alice", "cart": "some text", "n": 1})
+				ours := session.NewImage(store.codec, payload, record.ToMillis(time.Now().Add(time.Hour)))
 				var next atomic.Int64
 				b.ReportAllocs()
 				b.ResetTimer()
 				err := inParallel(callers, b.N, func() error {
 					key := fmt.Sprint(defaultPrefix, next.Add(1)%int64(sessions))
-					return store.pipeline.do(ctx, time.Now().Add(time.Minute), &op{key: key, change: &commit{ours: ours}})
+					_, err := store.pipeline.Do(ctx, time.Now().Add(time.Minute), commit.Call{Key: key, Change: &session.Commit{Ours: ours}})
+					return err
 				})
 				if err != nil {
 					b.Fatal(err)

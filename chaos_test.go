@@ -208,7 +208,7 @@ func (r *faultRun) chaos(t *testing.T, length time.Duration) {
 	r.cluster.Leader(t)
 	wg.Wait()
 	for _, s := range r.stores {
-		s.pipeline.busy.Wait() // what calls have left in flight
+		s.pipeline.Wait() // what calls have left in flight
 	}
 	r.readHistory(t)
 }
@@ -269,9 +269,9 @@ func stateOf(values map[string]any) string {
 // record makes a call. The revision that its store knew of at its beginning is below that of its effect, and the one that
 // it knows of at its end is not.
 func (r *faultRun) record(c *faultCall, f func(*faultCall) error) {
-	c.begin, c.call = c.store.conn.Latest(), r.now()
+	c.begin, c.call = c.store.etcd.Latest(), r.now()
 	c.err = f(c)
-	c.end, c.returns = c.store.conn.Latest(), r.now()
+	c.end, c.returns = c.store.etcd.Latest(), r.now()
 	switch {
 	case errors.Is(c.err, ErrOutcomeUnknown):
 		c.told = toldUnknown

@@ -4,32 +4,35 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+
+	"github.com/seed210be38d/etcdstore/internal/commit"
+	"github.com/seed210be38d/etcdstore/internal/session"
 )
 
 // What a commit can run into.
 var (
 	// ErrConflict says that another request changed the same part of the session first. Nothing was written.
 	// The error is a *ConflictError where the keys are known.
-	ErrConflict = errors.New("etcdstore: conflict with a concurrent request")
+	ErrConflict = session.ErrConflict
 
 	// ErrSessionGone says that the session was deleted, or has expired, since the request read it.
 	// Nothing was written.
-	ErrSessionGone = errors.New("etcdstore: session is gone")
+	ErrSessionGone = session.ErrGone
 
 	// ErrOutcomeUnknown says that the write may or may not have happened, and that the store could not find
 	// out in the time the call had. It wraps what ended the call, for example context.DeadlineExceeded.
-	ErrOutcomeUnknown = errors.New("etcdstore: outcome unknown")
+	ErrOutcomeUnknown = commit.ErrUnknown
 )
 
 // What is wrong with a call.
 var (
 	// ErrTooLarge says that the session exceeds what etcd takes in one request (1.5 MiB unless configured
 	// otherwise). Nothing was written.
-	ErrTooLarge = errors.New("etcdstore: session is too large")
+	ErrTooLarge = commit.ErrTooLarge
 
 	// ErrInvalidToken says that a session cannot be stored under this token: it is empty, longer than 512
 	// bytes, begins with '~' or a byte above it, or names the session of a store with a longer prefix.
-	ErrInvalidToken = errors.New("etcdstore: invalid session token")
+	ErrInvalidToken = session.ErrInvalidToken
 
 	// ErrClosed says that the store was closed.
 	ErrClosed = errors.New("etcdstore: store is closed")
@@ -51,41 +54,30 @@ func (e *ConflictError) Error() string {
 // Is makes every ConflictError an ErrConflict.
 func (e *ConflictError) Is(target error) bool { return target == ErrConflict }
 
-// Causes that only this package tells apart.
-var (
-	errLockLost   = fmt.Errorf("%w: the session's lock was lost", ErrConflict)
-	errForeignKey = fmt.Errorf("%w: the key belongs to a store with another prefix", ErrInvalidToken)
-	errFormat     = errors.New("etcdstore: session was stored in a format that this version cannot read")
-	errCorrupt    = errors.New("etcdstore: stored session is damaged")
-	errCodec      = errors.New("etcdstore: the codec panicked")
-	errAbandoned  = errors.New("etcdstore: call was abandoned")
-	errBareExpiry = errors.New("etcdstore: the expiry of a session of scs's own etcdstore is not known")
-)
+// errLockLost is what a request of Exclusive gets whose lock is another's by now.
+var errLockLost = fmt.Errorf("%w: the session's lock was lost", ErrConflict)
 
-// applicationError marks an error of the application's own code, which a call returns as it is.
-type applicationError struct{ error }
-
-func (e applicationError) Unwrap() error { return e.error }
-
-// callError is an error of a call, said by its operation. It keeps the chain below it.
-func callError(op string, err error) error {
-	var app applicationError
-	if errors.As(err, &app) {
-		return app.error
+// publicError is an error as the API has it.
+func publicError(err error) error {
+	var app session.ApplicationError
+	var conflict *session.ConflictError
+	switch {
+	case errors.As(err, &app):
+		return app.Err
+	case errors.As(err, &conflict):
+		return &ConflictError{Keys: conflict.Keys}
 	}
-	if err == nil || strings.HasPrefix(err.Error(), "etcdstore: ") {
+	return err
+}
+
+// callError is an error of a call, said by its operation, unless it is the application's own. It keeps the chain below it.
+func callError(op string, err error) error {
+	var app session.ApplicationError
+	if errors.As(err, &app) {
+		return app.Err
+	}
+	if err = publicError(err); err == nil || strings.HasPrefix(err.Error(), "etcdstore: ") {
 		return err
 	}
 	return fmt.Errorf("etcdstore: %s: %w", op, err)
-}
-
-// unknownError is an ErrOutcomeUnknown with its cause.
-func unknownError(cause error) error {
-	switch {
-	case cause == nil:
-		return ErrOutcomeUnknown
-	case errors.Is(cause, ErrOutcomeUnknown):
-		return cause
-	}
-	return fmt.Errorf("%w: %w", ErrOutcomeUnknown, cause)
 }

@@ -12,7 +12,9 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/seed210be38d/etcdstore/internal/commit"
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/session"
 )
 
 func TestConflictError(t *testing.T) {
@@ -43,9 +45,6 @@ func TestConflictError(t *testing.T) {
 			}
 		}
 	}
-	if keys := newConflictError([]string{"b", "a"}).Keys; keys[0] != "a" {
-		t.Errorf("keys = %q, want them sorted", keys)
-	}
 }
 
 // One cause has one sentinel.
@@ -64,7 +63,7 @@ func TestSentinels_AreDistinct(t *testing.T) {
 	if !errors.Is(errLockLost, ErrConflict) {
 		t.Error("a lost lock is no conflict")
 	}
-	if !errors.Is(errForeignKey, ErrInvalidToken) {
+	if !errors.Is(session.ErrForeignKey, ErrInvalidToken) {
 		t.Error("another store's key is no invalid token")
 	}
 }
@@ -91,17 +90,17 @@ func TestCallError(t *testing.T) {
 			[]error{context.DeadlineExceeded},
 		},
 		{
-			"unknown outcome", unknownError(etcd.Ended(context.Canceled, rpctypes.ErrTimeout)),
+			"unknown outcome", commit.Unknown(etcd.Ended(context.Canceled, rpctypes.ErrTimeout)),
 			"etcdstore: outcome unknown: context canceled (etcd: etcdserver: request timed out)",
 			[]error{ErrOutcomeUnknown, context.Canceled, rpctypes.ErrTimeout},
 		},
-		{"unknown outcome without a cause", unknownError(nil), "etcdstore: outcome unknown", []error{ErrOutcomeUnknown}},
+		{"unknown outcome without a cause", commit.Unknown(nil), "etcdstore: outcome unknown", []error{ErrOutcomeUnknown}},
 		{"conflict", &ConflictError{Keys: []string{"a"}}, "etcdstore: conflict with a concurrent request on a", []error{ErrConflict}},
 		{"lock lost", errLockLost, "etcdstore: conflict with a concurrent request: the session's lock was lost", []error{ErrConflict, errLockLost}},
 		{"gone", ErrSessionGone, "etcdstore: session is gone", []error{ErrSessionGone}},
 		{"twice", callError("find", io.EOF), "etcdstore: find: EOF", []error{io.EOF}},
-		{"application's", applicationError{own}, "the cart is full", []error{own}},
-		{"application's, wrapped", fmt.Errorf("fold: %w", applicationError{own}), "the cart is full", []error{own}},
+		{"application's", session.ApplicationError{Err: own}, "the cart is full", []error{own}},
+		{"application's, wrapped", fmt.Errorf("fold: %w", session.ApplicationError{Err: own}), "the cart is full", []error{own}},
 	} {
 		err := callError("commit", tc.err)
 		if err == nil || err.Error() != tc.want {
@@ -116,10 +115,10 @@ func TestCallError(t *testing.T) {
 	if err := callError("commit", nil); err != nil {
 		t.Errorf("callError of no error = %v", err)
 	}
-	if err := callError("commit", applicationError{own}); err != own { //nolint:errorlint // as it is, not wrapped
+	if err := callError("commit", session.ApplicationError{Err: own}); err != own { //nolint:errorlint // as it is, not wrapped
 		t.Errorf("an application's error became %#v", err)
 	}
-	if !errors.Is(applicationError{own}, own) {
+	if !errors.Is(session.ApplicationError{Err: own}, own) {
 		t.Error("an application's error hides its cause")
 	}
 }
@@ -128,14 +127,14 @@ func TestCallError(t *testing.T) {
 func TestErrors_Prefix(t *testing.T) {
 	causes := []error{
 		ErrConflict, ErrSessionGone, ErrOutcomeUnknown, ErrTooLarge, ErrInvalidToken, ErrClosed,
-		errLockLost, errForeignKey, errFormat, errCorrupt, errAbandoned, errBareExpiry,
+		errLockLost, session.ErrForeignKey, session.ErrFormat, session.ErrCorrupt, session.ErrBareExpiry,
 		&ConflictError{}, &ConflictError{Keys: []string{"a"}},
 		context.Canceled, context.DeadlineExceeded, io.EOF, errors.New(""), errors.New("gob: type not registered"),
 		status.Error(codes.Unavailable, "EOF"),
 	}
 	causes = append(causes, etcd.Classified()...)
 	for _, cause := range causes {
-		for _, err := range []error{cause, etcd.Ended(context.Canceled, cause), unknownError(cause), unknownError(etcd.Ended(context.DeadlineExceeded, cause))} {
+		for _, err := range []error{cause, etcd.Ended(context.Canceled, cause), commit.Unknown(cause), commit.Unknown(etcd.Ended(context.DeadlineExceeded, cause))} {
 			if said := callError("find", err).Error(); !strings.HasPrefix(said, "etcdstore: ") || strings.HasPrefix(said, "etcdstore: find: etcdstore: ") {
 				t.Errorf("callError(%v) says %q", err, said)
 			}
@@ -146,7 +145,7 @@ func TestErrors_Prefix(t *testing.T) {
 // What the store says by itself does not say that etcd is not there.
 func TestErrors_AreNotUnavailable(t *testing.T) {
 	for _, err := range []error{
-		ErrTooLarge, &ConflictError{Keys: []string{"a"}}, ErrSessionGone, ErrClosed, errFormat, errCorrupt,
+		ErrTooLarge, &ConflictError{Keys: []string{"a"}}, ErrSessionGone, ErrClosed, session.ErrFormat, session.ErrCorrupt,
 	} {
 		if etcd.Unavailable(err) {
 			t.Errorf("unavailable(%v)", err)

@@ -19,7 +19,9 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
+	"github.com/seed210be38d/etcdstore/internal/commit"
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/read"
 	"github.com/seed210be38d/etcdstore/internal/record"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -185,7 +187,7 @@ func TestFault_EveryError(t *testing.T) {
 			}
 			s := New(faulty, WithTimeout(timeout))
 			fc.told = fc.do(t, s)
-			s.pipeline.busy.Wait()
+			s.pipeline.Wait()
 		})
 	}
 	wg.Wait()
@@ -544,10 +546,7 @@ func TestFault_CallerLeavesQueue(t *testing.T) {
 	second := make(chan error, 1)
 	go func() { second <- s.CommitCtx(ctx, "a", []byte("second"), time.Now().Add(time.Hour)) }()
 	etcdtest.Eventually(t, 5*time.Second, func() bool {
-		s.pipeline.mu.Lock()
-		defer s.pipeline.mu.Unlock()
-		q := s.pipeline.queues[defaultPrefix+"a"]
-		return q != nil && len(q.pending) == 1
+		return s.pipeline.Calls(defaultPrefix+"a") == 2
 	}, "the second commit does not wait")
 	cancel()
 	if err := <-second; !errors.Is(err, context.Canceled) || errors.Is(err, ErrOutcomeUnknown) {
@@ -701,11 +700,13 @@ func TestFault_Run(t *testing.T) {
 func TestFault_RunWithoutWriteIDs(t *testing.T) {
 	run := newFaultRun(t)
 	for _, s := range run.stores {
-		s.pipeline.decode = func(kvs []*mvccpb.KeyValue, asOf int64) *version {
-			v := s.decodeVersion(kvs, asOf)
-			v.id = record.WriteID{}
+		decode := func(kvs []*mvccpb.KeyValue, asOf int64) *record.Version {
+			v := s.decoder.Version(kvs, asOf)
+			v.ID = record.WriteID{}
 			return v
 		}
+		s.reader = read.New(s.etcd, decode)
+		s.pipeline = commit.New(s.etcd, s.leases, s.reader, s.prefix, s.clock.Now, decode)
 	}
 	found := 0
 	for round := 0; found == 0 && round < 12; round++ {
@@ -807,7 +808,7 @@ func TestFault_NoQuorum(t *testing.T) {
 		}
 	}
 	// As if etcd had answered just now: else even these would read first, and nothing would be sent.
-	heard := func() context.Context { s.conn.Saw(&etcdserverpb.ResponseHeader{}); return ctx }
+	heard := func() context.Context { s.etcd.Saw(&etcdserverpb.ResponseHeader{}); return ctx }
 	for call, err := range map[string]error{
 		"Commit": s.CommitCtx(heard(), "a", []byte("after"), time.Now().Add(time.Hour)),
 		"Delete": s.DeleteCtx(heard(), "b"),

@@ -390,12 +390,7 @@ func (m cookieMaker) make() string {
 // idle reports whether the store has nothing queued or in flight, and remembers no request.
 func idle(s *EtcdStore) bool {
 	p, r := s.pipeline, s.reader
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return len(p.queues) == 0 && p.ready == nil && len(r.waiting) == 0 && r.order == nil &&
-		p.lane.Idle() && r.lane.Idle() && s.implicit.len() == 0
+	return p.Idle() && r.Idle() && s.implicit.len() == 0
 }
 
 // heap returns how much memory is in use.

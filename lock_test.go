@@ -662,7 +662,7 @@ func TestExclusive_Partition(t *testing.T) {
 	b := sites[0].login(t)
 	stopped := b.begin(t, sites[0], "/stop")
 	<-h.inside
-	cli := sites[1].store.client
+	cli := sites[1].client
 	all := cli.Endpoints()
 	cli.SetEndpoints(all[cut])
 	waiting := b.begin(t, sites[1], "/set")
@@ -672,7 +672,7 @@ func TestExclusive_Partition(t *testing.T) {
 	m := c.Integration().Members
 	m[cut].InjectPartition(t, m[(cut+1)%3], m[(cut+2)%3])
 	defer m[cut].RecoverPartition(t, m[(cut+1)%3], m[(cut+2)%3])
-	sites[0].store.client.SetEndpoints(all[(cut+1)%3], all[(cut+2)%3])
+	sites[0].client.SetEndpoints(all[(cut+1)%3], all[(cut+2)%3])
 	sites[0].admin.SetEndpoints(all[(cut+1)%3], all[(cut+2)%3])
 	close(h.goOn)
 	wantOK(t, <-stopped, "/stop")

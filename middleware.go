@@ -18,6 +18,7 @@ import (
 
 	"github.com/alexedwards/scs/v2"
 
+	"github.com/seed210be38d/etcdstore/internal/commit"
 	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/lock"
 	"github.com/seed210be38d/etcdstore/internal/replay"
@@ -285,7 +286,7 @@ func (e *EtcdStore) Exclusive(sm *scs.SessionManager, next http.Handler) http.Ha
 			}
 			defer e.calls.Done()
 			defer held.Unlock()
-			t.guard = &guard{held.Owned()}
+			t.guard = []commit.Precondition{{Cmp: held.Owned(), Err: errLockLost}}
 		}
 		next.ServeHTTP(w, r)
 	})

@@ -31,6 +31,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/seed210be38d/etcdstore/internal/commit"
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
 )
 
@@ -40,6 +41,7 @@ const patience = 60 * time.Second
 // site is an application on one machine. Sites on one cluster are one application on several machines.
 type site struct {
 	store   *EtcdStore
+	client  *clientv3.Client // the store's
 	manager *scs.SessionManager
 	faults  etcdtest.Faults  // of the store's client
 	admin   *clientv3.Client // another client
@@ -61,7 +63,8 @@ func newSite(t *testing.T, c *etcdtest.Cluster, wrap func(s *site) http.Handler,
 func newSiteOf(t *testing.T, admin *clientv3.Client, client func(...etcdtest.ClientOption) *clientv3.Client, wrap func(s *site) http.Handler, opts ...Option) *site {
 	t.Helper()
 	s := &site{admin: admin, mux: http.NewServeMux()}
-	s.store = New(client(etcdtest.WithFaults(&s.faults), s.countWatches), opts...)
+	s.client = client(etcdtest.WithFaults(&s.faults), s.countWatches)
+	s.store = New(s.client, opts...)
 	s.manager = newManager(s.store)
 	s.manager.ErrorFunc = ErrorFunc
 	s.mux.HandleFunc("/login", func(_ http.ResponseWriter, r *http.Request) {
@@ -1203,7 +1206,7 @@ func TestErrorFunc(t *testing.T) {
 		"conflict, wrapped":    {fmt.Errorf("commit: %w", &ConflictError{}), http.StatusConflict},
 		"lock lost":            {errLockLost, http.StatusConflict},
 		"unknown":              {ErrOutcomeUnknown, http.StatusServiceUnavailable},
-		"unknown, wrapped":     {fmt.Errorf("x: %w", unknownError(context.Canceled)), http.StatusServiceUnavailable},
+		"unknown, wrapped":     {fmt.Errorf("x: %w", commit.Unknown(context.Canceled)), http.StatusServiceUnavailable},
 		"unknown and conflict": {fmt.Errorf("%w: %w", ErrOutcomeUnknown, ErrConflict), http.StatusConflict},
 		"deadline":             {context.DeadlineExceeded, http.StatusServiceUnavailable},
 		"deadline, wrapped":    {callError("find", deadline), http.StatusServiceUnavailable},
@@ -1256,9 +1259,9 @@ func TestErrorFunc_Cancelled(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	for err, want := range map[error]int{
-		ErrConflict:                    http.StatusConflict,
-		context.Canceled:               http.StatusServiceUnavailable,
-		unknownError(context.Canceled): http.StatusServiceUnavailable,
+		ErrConflict:                      http.StatusConflict,
+		context.Canceled:                 http.StatusServiceUnavailable,
+		commit.Unknown(context.Canceled): http.StatusServiceUnavailable,
 	} {
 		rec := httptest.NewRecorder()
 		ErrorFunc(rec, httptest.NewRequestWithContext(ctx, http.MethodGet, "/", nil), err)

@@ -59,21 +59,11 @@ func newFakeStoreOn(t *testing.T, f *fakeEtcd, opts ...Option) *EtcdStore {
 func wantIdle(t *testing.T, s *EtcdStore) {
 	t.Helper()
 	synctest.Wait()
-	p, r := s.pipeline, s.reader
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if len(p.queues) > 0 || p.ready != nil {
-		t.Errorf("the pipeline has %d queues, %d of them ready", len(p.queues), len(p.ready))
+	if !s.pipeline.Idle() {
+		t.Error("the pipeline is not idle")
 	}
-	if len(r.waiting) > 0 || r.order != nil {
-		t.Errorf("the reader has %d keys waiting, %d in order", len(r.waiting), len(r.order))
-	}
-	for name, l := range map[string]*limit.Limiter{"writes": &p.lane, "reads": &r.lane} {
-		if !l.Idle() {
-			t.Errorf("batches of %s are starting or in flight", name)
-		}
+	if !s.reader.Idle() {
+		t.Error("the reader is not idle")
 	}
 }
 
@@ -497,7 +487,7 @@ func TestPipeline_Bytes(t *testing.T) {
 				}
 				continue
 			}
-			if size := proto.Size(txn); size > batchBytes+4<<10 {
+			if size := proto.Size(txn); size > 512<<10+4<<10 {
 				t.Errorf("a request with %d bytes", size)
 			}
 			if len(tokens) > 0 {
@@ -522,7 +512,7 @@ func TestPipeline_FewerOperations(t *testing.T) {
 			for range 8 {
 				release := stall(t, s, f)
 				var results []func() error
-				for i := range s.conn.BatchKeys() {
+				for i := range s.etcd.BatchKeys() {
 					results = append(results, started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
 				}
 				release()
@@ -530,7 +520,7 @@ func TestPipeline_FewerOperations(t *testing.T) {
 					wantErr(t, fmt.Sprint("update ", i), result(), nil)
 				}
 			}
-			if got := s.conn.BatchKeys(); got != c.sessions {
+			if got := s.etcd.BatchKeys(); got != c.sessions {
 				t.Errorf("with %d operations allowed, %d sessions a batch, want %d", c.operations, got, c.sessions)
 			}
 		})
@@ -963,59 +953,6 @@ func TestPipeline_LongHistory(t *testing.T) {
 		wantErr(t, "commit", committing(t, s, "a", time.Hour, "n", 1)(), nil)
 		f.wantSession(t, "a", 2)
 	})
-}
-
-// A transition with a guard goes alone, in its turn, and fails when the guard no longer holds; its neighbours go on.
-func TestPipeline_Guard(t *testing.T) {
-	for _, held := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) {
-			s, f := newFakeStore(t)
-			f.seed(t, "a", "n", 0)
-			if _, err := f.Put(t.Context(), "lock", ""); err != nil {
-				t.Fatal(err)
-			}
-			g := &guard{clientv3.Compare(clientv3.CreateRevision("lock"), "=", f.Revision())}
-			do := func(g *guard) func() error {
-				return func() error {
-					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-					defer cancel()
-					v, err := s.reader.find(ctx, time.Now().Add(time.Minute), fakePrefix+"a")
-					if err != nil {
-						return err
-					}
-					return s.pipeline.do(ctx, time.Now().Add(time.Minute), &op{key: fakePrefix + "a", change: &update{fn: increment}, hint: v, guard: g})
-				}
-			}
-			release := stall(t, s, f)
-			var results []func() error
-			for _, g := range []*guard{nil, nil, g, g, nil, nil} {
-				results = append(results, started(do(g)))
-			}
-			if !held {
-				f.LetPass(t, func() error {
-					_, err := f.Delete(t.Context(), "lock")
-					return err
-				})
-			}
-			release()
-			for i, result := range results {
-				var want error
-				if !held && (i == 2 || i == 3) {
-					want = errLockLost
-				}
-				err := result()
-				wantErr(t, fmt.Sprint("call ", i), err, want)
-				if want != nil {
-					wantErr(t, fmt.Sprint("call ", i), err, ErrConflict)
-				}
-			}
-			if held {
-				f.wantSession(t, "a", 5, "n", 6)
-			} else {
-				f.wantSession(t, "a", 3, "n", 4)
-			}
-		})
-	}
 }
 
 // A call whose context ends while it waits for others has no effect.
@@ -1645,12 +1582,13 @@ func TestPipeline_OvertakenInABatch(t *testing.T) {
 			wantErr(t, tokens[i], result(), nil)
 		}
 		var batches, reads [][]string
-		for _, txn := range etcdfake.Sent[*etcdserverpb.TxnRequest](f.Etcd) {
+		for _, msg := range etcdfake.Sent[any](f.Etcd) {
+			if gets := fakeReads(msg); len(gets) > 0 {
+				reads = append(reads, gets)
+			}
+			txn, _ := msg.(*etcdserverpb.TxnRequest)
 			if len(fakeAttempts(txn)) > 0 {
 				batches = append(batches, fakeTokens(txn))
-			}
-			if gets := fakeReads(txn); len(gets) > 0 {
-				reads = append(reads, gets)
 			}
 			for _, a := range fakeAttempts(txn) {
 				if batched := len(txn.Compare) == 0; batched != (len(a.Failure) == 0) {
@@ -1681,7 +1619,9 @@ func TestPipeline_PanickingCodec(t *testing.T) {
 		f.seed(t, "a", "n", 0)
 		commit := commitOf(t, Begin(t.Context()), s, "a", "x", 1)
 		wantErr(t, "another", newFakeStoreOn(t, f).Update(t.Context(), "a", setting("y", 1)), nil)
-		wantErr(t, "a commit that must be merged", commit(), errCodec)
+		if err := commit(); err == nil || !strings.Contains(err.Error(), "codec") {
+			t.Errorf("a commit that must be merged: %v", err)
+		}
 		f.wantSession(t, "a", 2, "n", 0, "y", 1)
 	})
 }
@@ -1744,35 +1684,6 @@ func TestPipeline_NoSpaceBatchTimeIsUp(t *testing.T) {
 			}
 		}
 		f.wantSession(t, "a", 2, "n", 1)
-	})
-}
-
-// The calls of an attempt that waits for another lease, after a send with an unknown outcome, have their own time each.
-func TestPipeline_SeatlessTimeIsUp(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s, f := newFakeStore(t)
-		f.Intercept(func(r *etcdfake.Request) error {
-			if isGrant(r) {
-				<-r.Done
-				return etcdfake.ErrLost
-			}
-			return r.Apply()
-		})
-		p := s.pipeline
-		q := &queue{key: fakePrefix + "a", busy: true, sent: true}
-		p.queues[q.key] = q
-		start := time.Now()
-		a := &attempt{queue: q, base: &version{rev: 5, asOf: 5, created: 5}, kind: writePut, unknown: true, final: imageOf(s.codec, nil, record.ToMillis(start.Add(time.Hour)))}
-		for _, d := range []time.Duration{time.Second, 5 * time.Second} {
-			a.ops = append(a.ops, &op{key: q.key, change: remove{}, deadline: start.Add(d), done: make(chan struct{})})
-			p.busy.Add(1)
-		}
-		second := a.ops[1]
-		go p.seatAll([]*attempt{a})
-		<-second.done
-		if took := time.Since(start); took < 4*time.Second {
-			t.Errorf("the second call, with 5 s, is told after %v: %v", took, second.err)
-		}
 	})
 }
 

@@ -174,7 +174,7 @@ func TestReader_FewerOperations(t *testing.T) {
 		for range 5 {
 			release := stallReads(t, s, f)
 			var results []func() (any, error)
-			for i := range s.conn.BatchKeys() {
+			for i := range s.etcd.BatchKeys() {
 				results = append(results, finding(t, t.Context(), s, fmt.Sprint(i)))
 			}
 			release()
@@ -182,7 +182,7 @@ func TestReader_FewerOperations(t *testing.T) {
 				wantFind(t, fmt.Sprint("find ", i), result, nil, nil)
 			}
 		}
-		if n := s.conn.BatchKeys(); n != 15 {
+		if n := s.etcd.BatchKeys(); n != 15 {
 			t.Errorf("%d keys a read, want 15", n)
 		}
 	})

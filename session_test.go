@@ -1,30 +1,17 @@
 package etcdstore
 
 import (
-	"context"
+	"encoding/json"
 	"errors"
-	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/alexedwards/scs/v2"
-
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
 	"github.com/seed210be38d/etcdstore/internal/record"
+	"github.com/seed210be38d/etcdstore/internal/session"
 )
-
-// A payload that does not decode is stored as it is all the same.
-func TestImage_EncodesWhatDoesNotDecode(t *testing.T) {
-	i := imageOf(scs.GobCodec{}, []byte("opaque"), 1000)
-	if _, err := i.decoded(); err == nil {
-		t.Fatal("it decodes")
-	}
-	if b, err := i.encoded(); err != nil || string(b) != "opaque" {
-		t.Errorf("encoded = %q, %v", b, err)
-	}
-}
 
 // Also where the store decoded it in vain, since others commit to the session.
 func TestImage_OpaqueContended(t *testing.T) {
@@ -53,104 +40,25 @@ func TestImage_OpaqueTouch(t *testing.T) {
 	}
 }
 
-// What Update's function leaves is seen by others as the codec gives it back: in JSON all numbers are floats.
-func TestImage_ApplicationValuesPassTheCodec(t *testing.T) {
-	base := encodedImage(t, jsonCodec{}, with("n", 1), 1000)
-	made, err := (&update{fn: func(v map[string]any) error { v["n"] = 2; return nil }}).next(state{image: base, rev: 5})
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum := func(c Conflict) (any, error) { return c.Ours.(float64) + c.Theirs.(float64) - c.Base.(float64), nil }
-	c := &commit{merger: merger{resolver: sum}, base: &read{image: base, rev: 5}, ours: encodedImage(t, jsonCodec{}, with("n", 2), 1000)}
-	defer func() {
-		if p := recover(); p != nil {
-			t.Error(p)
-		}
-	}()
-	if _, err := c.next(state{image: made}); err != nil {
-		t.Error(err)
-	}
-}
-
-// The same with gob, which drops what a time knows of the process's clock.
-func TestImage_MonotonicTime(t *testing.T) {
-	registerTypes()
-	base := gobImage(t, with(), 1000)
-	now := time.Now()
-	made, err := (&update{fn: func(v map[string]any) error { v["t"] = now; return nil }}).next(state{image: base, rev: 5})
-	if err != nil {
-		t.Fatal(err)
-	}
-	payload, err := made.encoded()
-	if err != nil {
-		t.Fatal(err)
-	}
-	// A request reads what Update wrote (from etcd), changes t, and commits over the image in memory with one more change.
-	seen := imageOf(scs.GobCodec{}, payload, 1000)
-	more, err := (&commit{base: &read{image: base, rev: 5}, ours: gobImage(t, with("x", 1), 1000)}).next(state{image: made})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &commit{base: &read{image: seen, rev: 6}, ours: gobImage(t, with("t", day(1)), 1000)}
-	if _, err := c.next(state{image: more}); err != nil {
-		t.Error(err)
-	}
-}
-
-func TestCommit_ExpiryFollowsTheResolvedDeadline(t *testing.T) {
-	c := &commit{
-		merger: merger{resolver: KeepOurs},
-		base:   &read{image: gobImage(t, until(day(9), with()), 9000), rev: 5},
-		ours:   gobImage(t, until(day(1), with()), 1000),
-	}
-	got, err := c.next(state{image: gobImage(t, until(day(2), with()), 2000), rev: 7})
-	if err != nil {
-		t.Fatal(err)
-	}
-	wantImage(t, got, until(day(1), with()), 1000)
-}
-
-type panicky struct{ scs.GobCodec }
-
-func (panicky) Decode([]byte) (time.Time, map[string]any, error) { panic("codec") }
-
-// A codec that panicked has not decoded to nothing.
-func TestImage_PanickingCodec(t *testing.T) {
-	i := imageOf(panicky{}, []byte("x"), 1)
-	func() {
-		defer func() { _ = recover() }()
-		_, _ = i.decoded()
-	}()
-	if c, err := i.decoded(); c == nil && err == nil {
-		t.Error("nil contents, nil error")
-	}
-}
-
-func TestUnknownError_KeepsItsCause(t *testing.T) {
-	if got := unknownError(unknownError(context.Canceled)); !strings.Contains(got.Error(), "canceled") {
-		t.Error(got)
-	}
-}
-
 // Touches that are not written do not add up: what counts is the expiry that is stored.
 func TestCommit_TouchesDoNotAddUp(t *testing.T) {
 	cli := etcdtest.New(t, etcdtest.Config{}).Client(t)
 	s := New(cli, WithTouchInterval(time.Hour))
 	defer mustClose(t, s)
 	start := time.Now().Add(24 * time.Hour)
-	enc := func(c *contents) []byte { return gobSession(t, c.deadline, c.values) }
-	if err := s.Commit("a", enc(with("k", 1)), start); err != nil {
+	enc := func(values map[string]any) []byte { return gobSession(t, day0, values) }
+	if err := s.Commit("a", enc(map[string]any{"k": 1}), start); err != nil {
 		t.Fatal(err)
 	}
 	ctx := Begin(t.Context())
 	if _, ok, err := s.FindCtx(ctx, "a"); !ok || err != nil {
 		t.Fatal(ok, err)
 	}
-	if err := s.Commit("a", enc(with("k", 1)), start.Add(time.Hour)); err != nil { // another request's touch
+	if err := s.Commit("a", enc(map[string]any{"k": 1}), start.Add(time.Hour)); err != nil { // another request's touch
 		t.Fatal(err)
 	}
 	for _, d := range []time.Duration{100 * time.Minute, 150 * time.Minute} {
-		if err := s.CommitCtx(ctx, "a", enc(with("k", 1)), start.Add(d)); err != nil {
+		if err := s.CommitCtx(ctx, "a", enc(map[string]any{"k": 1}), start.Add(d)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -177,8 +85,8 @@ func TestStore_Unreadable(t *testing.T) {
 		value []byte
 		err   error
 	}{
-		{"damaged", damaged, errCorrupt},
-		{"newer", newer, errFormat},
+		{"damaged", damaged, session.ErrCorrupt},
+		{"newer", newer, session.ErrFormat},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -248,4 +156,25 @@ func TestStore_Unreadable(t *testing.T) {
 			})
 		})
 	}
+}
+
+// day0 is the deadline of sessions whose deadline does not matter.
+var day0 = time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// jsonCodec is a codec that an application may have in place of gob.
+type jsonCodec struct{}
+
+type jsonSession struct {
+	Deadline time.Time
+	Values   map[string]any
+}
+
+func (jsonCodec) Encode(deadline time.Time, values map[string]any) ([]byte, error) {
+	return json.Marshal(jsonSession{deadline, values})
+}
+
+func (jsonCodec) Decode(b []byte) (time.Time, map[string]any, error) {
+	var s jsonSession
+	err := json.Unmarshal(b, &s)
+	return s.Deadline, s.Values, err
 }

@@ -55,7 +55,7 @@ func TestPipeline_HistoryWithFewerOperations(t *testing.T) {
 		})
 		wantErr(t, "ours", committing(t, s, "a", time.Hour, "n", 1)(), nil)
 		f.wantSession(t, "a", 2)
-		if k := s.conn.BatchKeys(); k != 60 {
+		if k := s.etcd.BatchKeys(); k != 60 {
 			t.Errorf("%d operations a request after 120 were too many, want 60", k)
 		}
 	})
@@ -80,7 +80,7 @@ func TestPipeline_HalvedOnce(t *testing.T) {
 			wantErr(t, "update", r(), nil)
 			f.wantSession(t, fmt.Sprint(i), 2, "a", 1)
 		}
-		if k := s.conn.BatchKeys(); k != 60 {
+		if k := s.etcd.BatchKeys(); k != 60 {
 			t.Errorf("%d sessions a batch where 60 would do", k)
 		}
 	})

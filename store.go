@@ -8,10 +8,13 @@ import (
 
 	"github.com/alexedwards/scs/v2"
 
+	"github.com/seed210be38d/etcdstore/internal/commit"
 	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/lease"
 	"github.com/seed210be38d/etcdstore/internal/lock"
+	"github.com/seed210be38d/etcdstore/internal/read"
 	"github.com/seed210be38d/etcdstore/internal/record"
+	"github.com/seed210be38d/etcdstore/internal/session"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -24,8 +27,6 @@ const (
 	reserved = "~"
 	// maxToken bounds a token. Those of scs have 43 bytes.
 	maxToken = 512
-	// pageKeys is how many sessions a listing reads at a time.
-	pageKeys = 500
 )
 
 // EtcdStore is a session store on etcd for scs. It is safe for concurrent use, and a process needs one for each
@@ -34,11 +35,11 @@ type EtcdStore struct {
 	options
 	clock    record.Clock
 	prefix   string
-	client   *clientv3.Client
-	conn     *etcd.Client
+	etcd     *etcd.Client
+	decoder  session.Decoder
 	leases   *lease.Pool
-	reader   *reader
-	pipeline *pipeline
+	reader   *read.Reader
+	pipeline *commit.Pipeline
 	locks    *lock.Locks
 	reruns   lock.Keyed // of Retry: apart from those of Exclusive, which a request may go through while it holds its turn
 	implicit implicitTransactions
@@ -72,11 +73,12 @@ func NewWithPrefix(client *clientv3.Client, prefix string, opts ...Option) *Etcd
 func newStore(api etcd.API, client *clientv3.Client, prefix string, opts []Option) *EtcdStore {
 	e := &EtcdStore{
 		options: newOptions(opts), clock: record.Clock{Wall: time.Now},
-		prefix: prefix, client: client, conn: etcd.NewClient(api),
+		prefix: prefix, etcd: etcd.NewClient(api),
 	}
-	e.leases = lease.New(e.conn, prefix+reserved+"lease/", e.clock.WallTime, e.background.Go)
-	e.reader = newReader(e.conn, e.decodeVersion)
-	e.pipeline = newPipeline(e.conn, e.leases, prefix, e.clock.Now, e.decodeVersion)
+	e.decoder = session.Decoder{Codec: e.codec, Prefix: prefix}
+	e.leases = lease.New(e.etcd, prefix+reserved+"lease/", e.clock.WallTime, e.background.Go)
+	e.reader = read.New(e.etcd, e.decoder.Version)
+	e.pipeline = commit.New(e.etcd, e.leases, e.reader, prefix, e.clock.Now, e.decoder.Version)
 	e.locks = lock.New(client, prefix+reserved+"lock/", e.timeout, e.background.Go)
 	return e
 }
@@ -99,17 +101,17 @@ func (e *EtcdStore) FindCtx(ctx context.Context, token string) (b []byte, exists
 			return nil
 		}
 		t := e.transactionOf(ctx)
-		v, err := e.reader.find(ctx, deadline, e.prefix+token)
+		v, err := e.reader.Find(ctx, deadline, e.prefix+token)
 		switch {
 		case err != nil:
 			return err
-		case v.unreadable() != nil:
-			return v.unreadable()
+		case v.Unreadable() != nil:
+			return v.Unreadable()
 		}
-		image := v.live(e.clock.Now())
-		t.note(readKey{e, token}, read{image: image, rev: v.rev, version: v})
-		if image != nil {
-			b, exists = bytes.Clone(image.payload), true
+		r := session.ReadOf(v, e.clock.Now())
+		t.note(readKey{e, token}, r)
+		if r.Image != nil {
+			b, exists = bytes.Clone(r.Payload()), true
 		}
 		return nil
 	})
@@ -138,34 +140,30 @@ func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expir
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		ours := imageOf(e.codec, bytes.Clone(b), max(record.ToMillis(expiry), 1))
-		change := &commit{merger: merger{e.isolation, e.resolver}, ours: ours, touch: e.touch}
-		o := &op{key: e.prefix + token, change: change}
-		if r, ok := t.read(k); ok {
-			change.base, o.hint = &r, r.version
+		change := &session.Commit{
+			Merger: e.merger(), Touch: e.touch, If: t.preconditions(),
+			Ours: session.NewImage(e.codec, bytes.Clone(b), max(record.ToMillis(expiry), 1)),
 		}
-		if change.idle() {
+		call := commit.Call{Key: e.prefix + token, Change: change}
+		if r, ok := t.read(k); ok {
+			change.Base, call.Hint = &r, r.Version
+		}
+		if change.Idle() {
 			return nil
 		}
-		if t != nil {
-			o.guard = t.guard
-		}
-		if t == nil || e.conn.Stale() { // nothing is known, or not lately: a failed guess costs more than a read
-			v, err := e.reader.find(ctx, deadline, o.key)
+		if t == nil || e.etcd.Stale() { // nothing is known, or not lately: a failed guess costs more than a read
+			v, err := e.reader.Find(ctx, deadline, call.Key)
 			if err != nil {
 				return err
 			}
-			o.hint = v
+			call.Hint = v
 		}
-		if err := e.pipeline.do(ctx, deadline, o); err != nil {
-			t.lose(k, err)
+		stored, err := e.pipeline.Do(ctx, deadline, call)
+		if err != nil {
+			t.lose(k, publicError(err))
 			return err
 		}
-		after := read{image: ours, version: o.stored}
-		if o.stored.image == ours {
-			after.rev = o.stored.rev
-		}
-		t.wrote(k, after)
+		t.wrote(k, change.After(stored))
 		return nil
 	})
 }
@@ -184,22 +182,25 @@ func (e *EtcdStore) DeleteCtx(ctx context.Context, token string) error {
 		}
 		t, k := e.transactionOf(ctx), readKey{e, token}
 		r, ok := t.read(k)
-		o := &op{key: e.prefix + token, change: remove{}, hint: r.version}
-		if !ok || e.conn.Stale() {
-			v, err := e.reader.find(ctx, deadline, o.key)
+		call := commit.Call{Key: e.prefix + token, Change: commit.Delete{If: t.preconditions()}, Hint: r.Version}
+		if !ok || e.etcd.Stale() {
+			// What is on its way to the session, of a call that is over perhaps, must not come after the delete. It is looked for
+			// before the read: what is settled by then, the read sees.
+			concerned := e.pipeline.Calls(call.Key) > 0
+			v, err := e.reader.Find(ctx, deadline, call.Key)
 			if err != nil {
 				return err
 			}
-			if v.rev == 0 && !e.pipeline.concerns(o.key) {
-				t.wrote(k, read{})
+			if v.Rev == 0 && !concerned {
+				t.wrote(k, session.Read{})
 				return nil
 			}
-			o.hint = v
+			call.Hint = v
 		}
-		if err := e.pipeline.do(ctx, deadline, o); err != nil {
+		if _, err := e.pipeline.Do(ctx, deadline, call); err != nil {
 			return err
 		}
-		t.wrote(k, read{})
+		t.wrote(k, session.Read{})
 		return nil
 	})
 }
@@ -232,9 +233,9 @@ func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 			now := e.clock.Now()
 			all = make(map[string][]byte, len(versions))
 			for token, v := range versions {
-				if image := v.live(now); image != nil {
-					all[token] = bytes.Clone(image.payload)
-					t.noteListed(readKey{e, token}, read{image: image, rev: v.rev, version: v})
+				if r := session.ReadOf(v, now); r.Image != nil {
+					all[token] = bytes.Clone(r.Payload())
+					t.noteListed(readKey{e, token}, r)
 				}
 			}
 			return nil
@@ -244,35 +245,14 @@ func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 }
 
 // list reads all keys of the store that can be sessions, at one revision.
-func (e *EtcdStore) list(ctx context.Context) (map[string]*version, error) {
-	versions := make(map[string]*version)
-	from, end := e.prefix, e.prefix+reserved
-	if from == "" {
-		from = "\x00" // the first key; etcd takes no empty one
-	}
-	for rev := int64(0); ; {
-		var page *clientv3.GetResponse
-		err := etcd.Retry(ctx, func(ctx context.Context) error {
-			resp, err := e.conn.Send(ctx, clientv3.OpGet(from, clientv3.WithRange(end), clientv3.WithLimit(pageKeys), clientv3.WithRev(rev)))
-			page = resp.Get()
-			return err
-		})
-		if err != nil {
-			return nil, err
+func (e *EtcdStore) list(ctx context.Context) (map[string]*record.Version, error) {
+	versions := make(map[string]*record.Version)
+	err := e.reader.List(ctx, e.prefix, e.prefix+reserved, func(key string, v *record.Version) {
+		if token := key[len(e.prefix):]; validToken(token) {
+			versions[token] = v
 		}
-		if rev == 0 {
-			rev = page.Header.Revision
-		}
-		for i, kv := range page.Kvs {
-			if token := string(kv.Key[len(e.prefix):]); validToken(token) {
-				versions[token] = e.decodeVersion(page.Kvs[i:i+1:i+1], rev)
-			}
-		}
-		if !page.More || len(page.Kvs) == 0 {
-			return versions, nil
-		}
-		from = string(page.Kvs[len(page.Kvs)-1].Key) + "\x00"
-	}
+	})
+	return versions, err
 }
 
 // call runs one call of the API: counted for Close, and with errors that say what failed. It passes the time at which the
@@ -316,8 +296,8 @@ func (e *EtcdStore) Close() error {
 		return nil
 	}
 	e.calls.Wait()
-	e.reader.busy.Wait()
-	e.pipeline.busy.Wait()
+	e.reader.Wait()
+	e.pipeline.Wait()
 	e.background.Wait()
 	e.locks.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), e.timeout)

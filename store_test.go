@@ -399,8 +399,8 @@ func TestStore_BareSessions(t *testing.T) {
 	if d, v, err := (scs.GobCodec{}).Decode(raw.Kvs[0].Value); err != nil || !d.Equal(deadline) || v["n"] != 2 {
 		t.Errorf("scs.GobCodec of a stored value = %v, %v, %v", d, v, err)
 	}
-	if v := s.decodeVersion(raw.Kvs, 0); v.image.expiry.Since(s.clock.Now()) > time.Hour || v.image.expiry.Since(s.clock.Now()) < 50*time.Minute {
-		t.Errorf("an update did not keep the lease's end as the expiry: %v left", v.image.expiry.Since(s.clock.Now()))
+	if left := s.decoder.Version(raw.Kvs, 0).Value.Expiry().Since(s.clock.Now()); left > time.Hour || left < 50*time.Minute {
+		t.Errorf("an update did not keep the lease's end as the expiry: %v left", left)
 	}
 
 	ctx := Begin(t.Context())
@@ -510,7 +510,7 @@ func TestStore_Tokens(t *testing.T) {
 
 // A listing of several pages is of one revision, and starts again where that is compacted between them.
 func TestStore_AllPages(t *testing.T) {
-	const n = 2*pageKeys + 100
+	const n = 1100 // more than two pages
 	c := etcdtest.New(t, etcdtest.Config{})
 	faults := &etcdtest.Faults{}
 	cli, admin := c.Client(t, etcdtest.WithFaults(faults)), c.Client(t)
@@ -781,7 +781,7 @@ func TestStore_OutOfSpace(t *testing.T) {
 func TestStore_Namespace(t *testing.T) {
 	sites := newSites(t, 2, WithTimeout(time.Minute))
 	for _, s := range sites {
-		cli := s.store.client
+		cli := s.client
 		cli.KV = namespace.NewKV(cli.KV, "app/")
 		cli.Lease = namespace.NewLease(cli.Lease, "app/")
 		cli.Watcher = namespace.NewWatcher(cli.Watcher, "app/")

@@ -9,8 +9,17 @@ import (
 // Retry calls try until it gives a definite answer or ctx ends, each time with a bounded context. It is for
 // requests that may be sent twice. The error is etcd's, or that of ctx with what etcd said last.
 func Retry(ctx context.Context, try func(ctx context.Context) error) error {
+	var b Backoff
+	return b.Retry(ctx, try)
+}
+
+// Backoff spaces attempts: 10 ms, doubling up to 320 ms, half of it random.
+type Backoff struct{ attempts int }
+
+// Retry is the function Retry, for a request that was tried before with the same Backoff.
+func (b *Backoff) Retry(ctx context.Context, try func(ctx context.Context) error) error {
 	var last error
-	for b := (Backoff{}); ; {
+	for {
 		attempt, cancel := context.WithTimeout(ctx, b.Timeout())
 		err := try(attempt)
 		cancel()
@@ -29,9 +38,6 @@ func Retry(ctx context.Context, try func(ctx context.Context) error) error {
 		}
 	}
 }
-
-// Backoff spaces attempts: 10 ms, doubling up to 320 ms, half of it random.
-type Backoff struct{ attempts int }
 
 // Timeout bounds the attempt that comes next.
 func (b *Backoff) Timeout() time.Duration { return AttemptTimeout << min(b.attempts/3, 2) }

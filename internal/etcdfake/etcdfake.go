@@ -400,16 +400,28 @@ func (f *Etcd) compare(r *etcdserverpb.TxnRequest, taken path) {
 	}
 }
 
-// holds reports whether a compare succeeds. All that the store makes are for equality.
+// holds reports whether a compare succeeds.
 func (f *Etcd) holds(c *etcdserverpb.Compare) bool {
 	kv := f.at(string(c.Key), f.revision)
+	var order int
 	switch c.Target {
 	case etcdserverpb.Compare_MOD:
-		return kv.GetModRevision() == c.GetModRevision()
+		order = cmp.Compare(kv.GetModRevision(), c.GetModRevision())
 	case etcdserverpb.Compare_CREATE:
-		return kv.GetCreateRevision() == c.GetCreateRevision()
+		order = cmp.Compare(kv.GetCreateRevision(), c.GetCreateRevision())
+	default:
+		panic("the fake does not know " + c.String())
 	}
-	panic("the fake does not know " + c.String())
+	switch c.Result {
+	case etcdserverpb.Compare_GREATER:
+		return order > 0
+	case etcdserverpb.Compare_LESS:
+		return order < 0
+	case etcdserverpb.Compare_NOT_EQUAL:
+		return order != 0
+	default:
+		return order == 0
+	}
 }
 
 // execute carries out the branches that are taken.

@@ -234,7 +234,7 @@ func randomOp(rng *rand.Rand, f *Etcd, lease func(i int) clientv3.LeaseID, depth
 		cmps := []clientv3.Cmp{
 			clientv3.Compare(clientv3.ModRevision(k), "=", kv.GetModRevision()),
 			clientv3.Compare(clientv3.CreateRevision(k), "=", kv.GetCreateRevision()),
-			clientv3.Compare(clientv3.ModRevision(key()), "=", rng.Int64N(9)),
+			clientv3.Compare(clientv3.ModRevision(key()), []string{"=", "<", ">", "!="}[rng.IntN(4)], rng.Int64N(9)),
 		}
 		rng.Shuffle(len(cmps), func(i, j int) { cmps[i], cmps[j] = cmps[j], cmps[i] })
 		return clientv3.OpTxn(cmps[:rng.IntN(3)], ops(), ops())

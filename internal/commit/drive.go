@@ -1,0 +1,352 @@
+package commit
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/record"
+)
+
+const (
+	// batchBytes bounds the values of a batch. etcd measures a request as it is proposed to Raft, and takes
+	// 1.5 MiB of it.
+	batchBytes = 512 << 10
+	// aloneBytes is the value size from which a key travels alone, so that it neither delays small ones nor
+	// has them share in its being too large.
+	aloneBytes = 32 << 10
+)
+
+// drive takes attempts through their steps until each has ended. Attempts at the same step take it in one request; where
+// their ways part, those that leave are driven by a goroutine of their own, so that none holds up another.
+func (p *Pipeline) drive(attempts []*attempt) {
+	for b := (etcd.Backoff{}); ; {
+		attempts = slices.DeleteFunc(attempts, func(a *attempt) bool { return a.step == ended || p.overdue(a) })
+		p.attach(attempts)
+		parcels := p.parcels(attempts)
+		if len(parcels) == 0 {
+			return
+		}
+		for _, others := range parcels[1:] {
+			go p.drive(others)
+		}
+		attempts = parcels[0]
+		if err := p.take(attempts, b.Timeout()); err != nil {
+			pause(attempts, &b)
+		}
+	}
+}
+
+// pause waits until the next try is due, or the time of a call is up.
+func pause(attempts []*attempt, b *etcd.Backoff) {
+	attempts = slices.DeleteFunc(slices.Clone(attempts), func(a *attempt) bool { return a.step == ended })
+	if len(attempts) == 0 {
+		return
+	}
+	ctx, cancel := context.WithDeadline(context.Background(), firstDeadline(attempts))
+	defer cancel()
+	b.Wait(ctx)
+}
+
+// overdue ends the calls of an attempt whose time is up. It reports whether that ends the attempt. Calls that came later have
+// the time that they were given: they go on with the attempt, or, if no send of it can be applied any more, are folded again
+// without those that have ended.
+func (p *Pipeline) overdue(a *attempt) bool {
+	now := time.Now()
+	late := func(o *call) bool { return !o.deadline.After(now) }
+	switch {
+	case !slices.ContainsFunc(a.calls, late):
+		return false
+	case !slices.ContainsFunc(a.calls, func(o *call) bool { return !late(o) }):
+		p.giveUp(a, context.DeadlineExceeded)
+		return true
+	}
+	p.mu.Lock()
+	a.calls = slices.DeleteFunc(slices.Clone(a.calls), func(o *call) bool {
+		if late(o) {
+			p.abandon(o, a.untold(o, etcd.Ended(context.DeadlineExceeded, o.last)))
+		}
+		return late(o)
+	})
+	p.mu.Unlock()
+	if a.unsettled() {
+		return false
+	}
+	p.foldAgain(a, a.base)
+	return true
+}
+
+// attach gives the attempts that need a lease a seat, where there is one.
+func (p *Pipeline) attach(attempts []*attempt) {
+	for _, a := range attempts {
+		if a.step != toSeat {
+			continue
+		}
+		if s, ok := p.leases.Attach(a.final.Expiry()); ok {
+			a.sit(s)
+			p.advance(a, answer{kind: advanced})
+		}
+	}
+}
+
+// parcels groups attempts that take their next step together: in the requests of a send within the limits on operations and
+// on bytes; a history is read for one key.
+func (p *Pipeline) parcels(attempts []*attempt) (parcels [][]*attempt) {
+	var together [ended][]*attempt
+	bytes := 0
+	for _, a := range attempts {
+		size := a.size()
+		alone := a.step == toTrace || a.step == toSend && (a.lone || size >= aloneBytes)
+		if alone {
+			parcels = append(parcels, []*attempt{a})
+			continue
+		}
+		if group := together[a.step]; a.step == toSend {
+			if bytes += size; bytes > batchBytes || len(group) == p.client.BatchKeys() {
+				parcels = append(parcels, group)
+				together[toSend], bytes = nil, size
+			}
+		}
+		together[a.step] = append(together[a.step], a)
+	}
+	for _, group := range together {
+		if len(group) > 0 {
+			parcels = append(parcels, group)
+		}
+	}
+	return parcels
+}
+
+// take takes the next step of attempts that are at the same one. It returns what etcd answered if that was an error.
+func (p *Pipeline) take(attempts []*attempt, timeout time.Duration) error {
+	switch attempts[0].step {
+	case toSeat:
+		return p.seat(attempts)
+	case toSend:
+		return p.send(attempts, timeout)
+	case toFence:
+		return p.fence(attempts, timeout)
+	case toRead:
+		return p.read(attempts)
+	default:
+		return p.trace(attempts[0], timeout)
+	}
+}
+
+func firstDeadline(attempts []*attempt) time.Time {
+	first := attempts[0].firstDeadline()
+	for _, a := range attempts[1:] {
+		if d := a.firstDeadline(); d.Before(first) {
+			first = d
+		}
+	}
+	return first
+}
+
+func lastDeadline(attempts []*attempt) time.Time {
+	last := attempts[0].lastDeadline()
+	for _, a := range attempts[1:] {
+		if d := a.lastDeadline(); d.After(last) {
+			last = d
+		}
+	}
+	return last
+}
+
+// seat waits for a lease to be granted.
+func (p *Pipeline) seat(attempts []*attempt) error {
+	ctx, cancel := context.WithDeadline(context.Background(), firstDeadline(attempts))
+	defer cancel()
+	err := p.leases.Wait(ctx, attempts[0].final.Expiry())
+	if err != nil && ctx.Err() == nil {
+		for _, a := range attempts {
+			p.refuse(a, err)
+		}
+	}
+	return err
+}
+
+// send sends attempts in one request.
+func (p *Pipeline) send(batch []*attempt, timeout time.Duration) error {
+	batch = p.markSent(batch)
+	if len(batch) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), min(timeout, time.Until(lastDeadline(batch))))
+	defer cancel()
+	start := time.Now()
+	resp, err := p.client.Send(ctx, batchOp(batch))
+	if err != nil {
+		for _, a := range batch {
+			a.lone = len(batch) == 1
+			p.refuse(a, err)
+		}
+		return err
+	}
+	p.observe(start)
+	for i, a := range batch {
+		p.answer(a, nestedOf(resp.Txn(), i, len(batch)), resp.Txn().Header.Revision)
+	}
+	return nil
+}
+
+// markSent marks attempts as sent, from where on their callers can no longer be told that nothing happened. Attempts
+// with a call that was told so already are folded again without it. It returns those that may be sent.
+func (p *Pipeline) markSent(batch []*attempt) []*attempt {
+	latest := p.client.Latest()
+	var marked, dropped []*attempt
+	p.mu.Lock()
+	for _, a := range batch {
+		switch {
+		case a.sent:
+			marked = append(marked, a)
+		case slices.ContainsFunc(a.calls, func(o *call) bool { return o.dropped.Load() }):
+			dropped = append(dropped, a)
+		default:
+			a.sent, a.since = true, max(latest, a.base.AsOf)
+			marked = append(marked, a)
+		}
+	}
+	p.mu.Unlock()
+	for _, a := range dropped {
+		p.foldAgain(a, a.base)
+	}
+	return marked
+}
+
+// observe tells the limiter how long a batch took that was sent at start.
+func (p *Pipeline) observe(start time.Time) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.limiter.Observe(now.Sub(start), now)
+}
+
+// answer takes what etcd answered, at revision rev, to one attempt of a request.
+func (p *Pipeline) answer(a *attempt, resp *etcdserverpb.TxnResponse, rev int64) {
+	switch {
+	case resp.Succeeded:
+		a.current = a.written(rev)
+		if a.current.Lease != a.base.Lease {
+			p.leases.Leave(a.base.Lease)
+		}
+		p.advance(a, answer{kind: applied})
+	case len(resp.Responses) == 0:
+		p.advance(a, answer{kind: unasked})
+	default:
+		versions := make([]*record.Version, len(resp.Responses))
+		for i, r := range resp.Responses {
+			versions[i] = p.decode(r.GetResponseRange().Kvs, rev)
+		}
+		p.see(a, versions)
+	}
+}
+
+// fence moves the fences that attempts to create compare.
+func (p *Pipeline) fence(attempts []*attempt, timeout time.Duration) (last error) {
+	ctx, cancel := context.WithTimeout(context.Background(), min(timeout, time.Until(firstDeadline(attempts))))
+	defer cancel()
+	for _, a := range attempts {
+		if err := p.leases.Refence(ctx, a.seat); err != nil {
+			last = err
+			p.refuse(a, err)
+		} else {
+			p.advance(a, answer{kind: advanced})
+		}
+	}
+	return last
+}
+
+// read reads the keys of attempts, and what else their compares are about, through the reader's batches.
+func (p *Pipeline) read(attempts []*attempt) (last error) {
+	var keys []string
+	for _, a := range attempts {
+		keys = append(keys, a.keys()...)
+	}
+	versions, errs := p.reader.FindAll(context.Background(), firstDeadline(attempts), keys)
+	for _, a := range attempts {
+		n := len(a.keys())
+		if err := errors.Join(errs[:n]...); err != nil {
+			last = err
+			p.refuse(a, err)
+		} else {
+			p.see(a, versions[:n])
+		}
+		versions, errs = versions[n:], errs[n:]
+	}
+	return last
+}
+
+// see takes what an attempt's keys hold.
+func (p *Pipeline) see(a *attempt, versions []*record.Version) {
+	a.current = versions[0]
+	ans, rest := answer{kind: seen, relation: a.relate(a.current)}, versions[1:]
+	if a.seat.Taken() {
+		if fence := rest[0].Rev; ans.relation == atBase && fence != a.seat.Fence() {
+			ans.fence = p.reseat(a, fence)
+		}
+		rest = rest[1:]
+	}
+	for i, g := range a.guards {
+		if !g.holds(rest[i]) {
+			ans.breached, a.failure = true, g.Err
+			break
+		}
+	}
+	p.advance(a, ans)
+}
+
+// reseat takes the mod revision that the key of an attempt's lease turned out to have, where that is not the fence.
+func (p *Pipeline) reseat(a *attempt, rev int64) fence {
+	s, usable := p.leases.Refenced(a.seat, rev)
+	if !usable {
+		return fenceLost
+	}
+	a.seat = s
+	return fenceMoved
+}
+
+// refuse takes an error.
+func (p *Pipeline) refuse(a *attempt, err error) {
+	ans := refusedBy(err)
+	if a.step == toSend && ans.class == etcd.LeaseLost && a.lone && a.seat.Taken() {
+		p.leases.Forget(a.seat)
+	}
+	p.note(a, err)
+	p.advance(a, ans)
+}
+
+// note keeps for an attempt and its callers what etcd said last.
+func (p *Pipeline) note(a *attempt, err error) {
+	a.failure = err
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, o := range a.calls {
+		o.last = err
+	}
+}
+
+// advance takes an attempt where decide says.
+func (p *Pipeline) advance(a *attempt, ans answer) {
+	switch d := decide(a.facts(), ans); d.verdict {
+	case carryOn:
+		p.enter(a, d)
+	case happened:
+		p.settle(a, a.current)
+	case overwritten:
+		p.settleAs(a, a.found(), a.current)
+	case foldAgain:
+		p.foldAgain(a, a.current)
+	case fails:
+		p.fail(a, cmp.Or(a.refusal, a.failure))
+	case breach:
+		p.fail(a, a.failure)
+	case gaveUp:
+		p.giveUp(a, a.failure)
+	}
+}

@@ -1,0 +1,211 @@
+package session
+
+import (
+	"time"
+
+	"github.com/seed210be38d/etcdstore/internal/commit"
+	"github.com/seed210be38d/etcdstore/internal/record"
+)
+
+// Read is what a request believes about a session.
+type Read struct {
+	Image   *Image          // nil: absent
+	Rev     int64           // the mod revision at which etcd holds exactly Image; 0: none does, because it was merged
+	Version *record.Version // what etcd holds, as far as it is known
+}
+
+// ReadOf returns what a request believes that was given v at the time now.
+func ReadOf(v *record.Version, now record.Millis) Read {
+	return Read{Image: imageOf(v.Live(now)), Rev: v.Rev, Version: v}
+}
+
+// Payload returns the session's data. It must not be changed.
+func (r Read) Payload() []byte {
+	if r.Image == nil {
+		return nil
+	}
+	return r.Image.payload
+}
+
+// Commit is the change of a request that writes its session.
+type Commit struct {
+	Merger
+	Base  *Read // nil: the session was not read, or there is no transaction
+	Ours  *Image
+	Touch time.Duration // a commit that just moves the expiry by less is not made
+	If    []commit.Precondition
+}
+
+var (
+	_ commit.Change = (*Commit)(nil)
+	_ commit.Change = (*Update)(nil)
+)
+
+// Next implements commit.Change: first committer wins, and later ones are merged.
+func (c *Commit) Next(cur commit.State) (commit.Write, error) {
+	image := c.Ours
+	if c.merges(cur) {
+		theirs := imageOf(cur.Value)
+		if theirs == nil || c.reborn(cur) {
+			return commit.Write{}, goneError(cur)
+		}
+		var err error
+		if image, err = c.merged(theirs); err != nil {
+			return commit.Write{}, err
+		}
+	}
+	return commit.Write{Value: valueOf(image), If: c.If}, nil
+}
+
+// Direct implements commit.Change: only a merge decodes.
+func (c *Commit) Direct(cur commit.State) bool {
+	return !c.merges(cur) || cur.Value == nil || c.reborn(cur)
+}
+
+// merges reports whether the commit cannot be stored as it is.
+func (c *Commit) merges(cur commit.State) bool {
+	switch {
+	case c.Base == nil, c.Base.Image == nil && cur.Value == nil:
+		return false
+	}
+	return cur.Value == nil || c.reborn(cur) || c.Base.Image == nil || cur.Rev == 0 || cur.Rev != c.Base.Rev
+}
+
+// reborn reports whether the session that was read has been deleted since, and another created under its token.
+func (c *Commit) reborn(cur commit.State) bool {
+	return c.Base.Image != nil && c.Base.Version != nil && c.Base.Version.Created != cur.Born
+}
+
+// goneError says that there is no session, or that what is there cannot be read.
+func goneError(cur commit.State) error {
+	if cur.Err != nil {
+		return cur.Err
+	}
+	return ErrGone
+}
+
+// merged merges the commit into theirs. What does not decode is a conflict.
+func (c *Commit) merged(theirs *Image) (*Image, error) {
+	var b *Contents
+	if c.Base.Image != nil {
+		var err error
+		if b, err = c.Base.Image.Contents(); err != nil {
+			return nil, &ConflictError{}
+		}
+	}
+	o, errOurs := c.Ours.Contents()
+	t, errTheirs := theirs.Contents()
+	if errOurs != nil || errTheirs != nil {
+		return nil, &ConflictError{}
+	}
+	m, err := c.merge(b, o, t)
+	if err != nil {
+		return nil, err
+	}
+	expiry := c.expiry(b, o, t, m, theirs.expiry)
+	if m == t && (expiry == theirs.expiry || c.withinTouch(theirs.expiry, expiry)) {
+		return theirs, nil
+	}
+	return imageWith(c.Ours.codec, m, expiry)
+}
+
+// expiry merges the expiry: the side that changed the deadline decides, else the later one holds. Where both changed it,
+// a resolver has decided about the deadline, and the expiry follows.
+func (c *Commit) expiry(base, ours, theirs, merged *Contents, theirExpiry record.Millis) record.Millis {
+	moved := base != nil && !merged.deadline.Equal(base.deadline)
+	later := max(c.Ours.expiry, theirExpiry)
+	switch {
+	case !moved || theirExpiry == 0, ours.deadline.Equal(theirs.deadline):
+		return later
+	case merged.deadline.Equal(ours.deadline):
+		return c.Ours.expiry
+	case merged.deadline.Equal(theirs.deadline):
+		return theirExpiry
+	}
+	return min(later, record.ToMillis(merged.deadline))
+}
+
+// withinTouch reports whether moving the expiry need not be written.
+func (c *Commit) withinTouch(from, to record.Millis) bool {
+	return from != 0 && to >= from && to.Since(from) < c.Touch
+}
+
+// Idle reports whether the commit need not be made at all: it changes nothing but the expiry, and that by less than
+// the touch interval.
+func (c *Commit) Idle() bool {
+	if c.Touch == 0 || c.Base == nil || c.Base.Image == nil {
+		return false
+	}
+	stored := imageOf(c.Base.Version.Value) // nil where it was deleted since
+	return stored != nil && c.withinTouch(stored.expiry, c.Ours.expiry) && c.Base.Image.sameContents(c.Ours)
+}
+
+// After returns what the request believes once its commit has been stored as v: what it wrote. Where that was merged with
+// what others wrote, no revision holds exactly that, so the next commit merges again and never overwrites.
+func (c *Commit) After(v *record.Version) Read {
+	after := Read{Image: c.Ours, Version: v}
+	if imageOf(v.Value) == c.Ours {
+		after.Rev = v.Rev
+	}
+	return after
+}
+
+// Prepare decodes: the session has company, so a merge is likely.
+func (c *Commit) Prepare() {
+	_, _ = c.Ours.Contents()
+	if c.Base != nil && c.Base.Image != nil {
+		_, _ = c.Base.Image.Contents()
+	}
+}
+
+// Update is the change that a function makes of a session's values.
+type Update struct {
+	Fn func(values map[string]any) error
+}
+
+// Next implements commit.Change.
+func (u *Update) Next(cur commit.State) (commit.Write, error) {
+	image := imageOf(cur.Value)
+	if image == nil {
+		return commit.Write{}, goneError(cur)
+	}
+	after, err := u.updated(image)
+	return commit.Write{Value: valueOf(after)}, err
+}
+
+// updated returns what the function makes of an image: the image itself where it changes nothing.
+func (u *Update) updated(image *Image) (*Image, error) {
+	if image.expiry == 0 {
+		return nil, ErrBareExpiry
+	}
+	payload, err := image.Encode()
+	if err != nil {
+		return nil, err
+	}
+	copied, err := NewImage(image.codec, payload, 0).Contents() // which the function may change
+	if err != nil {
+		return nil, err
+	}
+	values := copied.values
+	if values == nil {
+		values = make(map[string]any)
+	}
+	if err := u.Fn(values); err != nil {
+		return nil, ApplicationError{err}
+	}
+	before, err := image.Contents()
+	if err != nil {
+		return nil, err
+	}
+	after := &Contents{deadline: copied.deadline, values: values, raw: true}
+	if after.same(before) {
+		return image, nil
+	}
+	return imageWith(image.codec, after, image.expiry)
+}
+
+// Direct implements commit.Change.
+func (*Update) Direct(cur commit.State) bool { return cur.Value == nil }
+
+// Prepare implements commit.Change.
+func (*Update) Prepare() {}
