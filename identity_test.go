@@ -155,10 +155,10 @@ func TestIdentity_ExpiredByItsRequest(t *testing.T) {
 
 // ownSession has a handler do something to the session of its own request besides what the session manager does, and set a
 // key. It returns what the session holds afterwards, nil if it is gone.
-func ownSession(t *testing.T, s *EtcdStore, act func(ctx context.Context, s *EtcdStore, sm *scs.SessionManager) error) map[string]any {
+func ownSession(t *testing.T, s *EtcdStore, codec scs.Codec, act func(ctx context.Context, s *EtcdStore, sm *scs.SessionManager) error) map[string]any {
 	t.Helper()
 	sm := newManager(s)
-	sm.ErrorFunc = ErrorFunc
+	sm.ErrorFunc, sm.Codec = ErrorFunc, codec
 	deadline := time.Now().Add(time.Hour)
 	if err := s.Commit("tok", gobSession(t, deadline, map[string]any{"user": "alice"}), deadline); err != nil {
 		t.Fatal(err)
@@ -206,12 +206,14 @@ func TestIdentity_MergeSessionOfItself(t *testing.T) {
 	}
 	s := New(etcdtest.New(t, etcdtest.Config{}).Client(t))
 	defer mustClose(t, s)
-	got := ownSession(t, s, merge(func(s *EtcdStore) error { return s.Update(t.Context(), "tok", setting("theirs", 1)) }))
-	if got["theirs"] != 1 || got["ours"] != 1 {
-		t.Errorf("after another request's change: %v", got)
-	}
-	if got := ownSession(t, s, merge(func(s *EtcdStore) error { return s.Delete("tok") })); got != nil {
-		t.Errorf("after a logout the session is back: %v", got)
+	for name, codec := range map[string]scs.Codec{"by the copy": s.Codec(), "by the context": scs.GobCodec{}} {
+		got := ownSession(t, s, codec, merge(func(s *EtcdStore) error { return s.Update(t.Context(), "tok", setting("theirs", 1)) }))
+		if got["theirs"] != 1 || got["ours"] != 1 {
+			t.Errorf("%s: after another request's change: %v", name, got)
+		}
+		if got := ownSession(t, s, codec, merge(func(s *EtcdStore) error { return s.Delete("tok") })); got != nil {
+			t.Errorf("%s: after a logout the session is back: %v", name, got)
+		}
 	}
 }
 
@@ -219,7 +221,7 @@ func TestIdentity_MergeSessionOfItself(t *testing.T) {
 func TestIdentity_IterateOverItself(t *testing.T) {
 	s := New(etcdtest.New(t, etcdtest.Config{}).Client(t))
 	defer mustClose(t, s)
-	got := ownSession(t, s, func(ctx context.Context, _ *EtcdStore, sm *scs.SessionManager) error {
+	got := ownSession(t, s, s.Codec(), func(ctx context.Context, _ *EtcdStore, sm *scs.SessionManager) error {
 		return sm.Iterate(ctx, func(ctx context.Context) error {
 			sm.Put(ctx, "notice", "hello")
 			_, _, err := sm.Commit(ctx)
@@ -229,7 +231,7 @@ func TestIdentity_IterateOverItself(t *testing.T) {
 	if got["notice"] != "hello" || got["ours"] != 1 {
 		t.Errorf("after a commit in Iterate: %v", got)
 	}
-	got = ownSession(t, s, func(ctx context.Context, _ *EtcdStore, sm *scs.SessionManager) error {
+	got = ownSession(t, s, s.Codec(), func(ctx context.Context, _ *EtcdStore, sm *scs.SessionManager) error {
 		return sm.Iterate(ctx, sm.Destroy)
 	})
 	if got != nil {

@@ -1,6 +1,7 @@
 package etcdstore
 
 import (
+	"net/http"
 	"time"
 
 	"github.com/alexedwards/scs/v2"
@@ -28,13 +29,14 @@ type options struct {
 	resolver  Resolver
 	touch     time.Duration
 	timeout   time.Duration
+	errorFunc func(http.ResponseWriter, *http.Request, error)
 }
 
 // An Option configures a store.
 type Option func(*options)
 
 func newOptions(opts []Option) options {
-	o := options{codec: scs.GobCodec{}, timeout: defaultTimeout}
+	o := options{codec: scs.GobCodec{}, timeout: defaultTimeout, errorFunc: ErrorFunc}
 	for _, opt := range opts {
 		if opt != nil {
 			opt(&o)
@@ -76,6 +78,16 @@ func WithTimeout(d time.Duration) Option {
 	return func(o *options) {
 		if d > 0 {
 			o.timeout = d
+		}
+	}
+}
+
+// WithErrorFunc sets what Retry and Exclusive answer with, where they answer by themselves. The default, also for nil, is
+// ErrorFunc. An application whose session manager has an ErrorFunc of its own gives it here as well; see [WillRetry].
+func WithErrorFunc(f func(http.ResponseWriter, *http.Request, error)) Option {
+	return func(o *options) {
+		if f != nil {
+			o.errorFunc = f
 		}
 	}
 }

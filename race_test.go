@@ -569,7 +569,7 @@ func TestRenewToken_OtherRequests(t *testing.T) {
 		if _, err := commit(late); !errors.Is(err, ErrSessionGone) {
 			t.Errorf("a commit to the old session after the renewal: %v; want ErrSessionGone", err)
 		}
-		want := map[string]any{"user": "alice", "early": 1} // 'between' went with the old session
+		want := map[string]any{"user": "alice", "early": 1, "between": 1} // a renewal carries over what came between
 		if destroy {
 			want = map[string]any{"user": "bob"}
 		}

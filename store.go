@@ -3,7 +3,9 @@ package etcdstore
 import (
 	"bytes"
 	"context"
+	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/alexedwards/scs/v2"
@@ -33,16 +35,19 @@ const (
 // prefix.
 type EtcdStore struct {
 	options
-	clock    record.Clock
-	prefix   string
-	etcd     *etcd.Client
-	decoder  session.Decoder
-	leases   *lease.Pool
-	reader   *read.Reader
-	pipeline *commit.Pipeline
-	locks    *lock.Locks
-	reruns   lock.Keyed // of Retry: apart from those of Exclusive, which a request may go through while it holds its turn
-	implicit implicitTransactions
+	clock      record.Clock
+	prefix     string
+	etcd       *etcd.Client
+	decoder    session.Decoder
+	leases     *lease.Pool
+	reader     *read.Reader
+	pipeline   *commit.Pipeline
+	locks      *lock.Locks
+	reruns     lock.Keyed // of Retry: apart from those of Exclusive, which a request may go through while it holds its turn
+	implicit   implicitTransactions
+	unreadable unreadable
+	linked     atomic.Bool // Codec was called: reads are kept for what it decodes
+	copies     copies
 
 	mu     sync.Mutex
 	closed bool
@@ -106,16 +111,31 @@ func (e *EtcdStore) FindCtx(ctx context.Context, token string) (b []byte, exists
 		case err != nil:
 			return err
 		case v.Unreadable() != nil:
-			return v.Unreadable()
+			e.unreadable.note(v.Unreadable())
 		}
 		r := session.ReadOf(v, e.clock.Now())
 		t.note(readKey{e, token}, r)
 		if r.Image != nil {
-			b, exists = bytes.Clone(r.Payload()), true
+			b, exists = e.give(ctx, token, r), true
 		}
 		return nil
 	})
 	return b, exists, err
+}
+
+// unreadable tells of stored sessions that cannot be read: they count as not found, so that a user with such a cookie can
+// log in again, and somebody should know.
+type unreadable struct {
+	count atomic.Int64
+	said  atomic.Int64 // when that was logged last, in Unix nanoseconds
+}
+
+// note counts one, and logs that once a minute at most.
+func (u *unreadable) note(err error) {
+	n, now, said := u.count.Add(1), time.Now().UnixNano(), u.said.Load()
+	if now-said >= int64(time.Minute) && u.said.CompareAndSwap(said, now) {
+		slog.Error("etcdstore: stored session cannot be read, and counts as not found", "error", err, "found so far", n)
+	}
 }
 
 // Commit is CommitCtx with a background context. It overwrites what the session holds.
@@ -132,40 +152,57 @@ func (e *EtcdStore) Commit(token string, b []byte, expiry time.Time) error {
 // Other errors are [ErrInvalidToken], [ErrTooLarge], [ErrClosed], and [ErrOutcomeUnknown] where the context or the
 // time-out ends the call after the commit was sent. After every other error nothing was written.
 func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expiry time.Time) error {
+	t, from := e.transactionOf(ctx), e.sourceOf(token, b)
+	if len(from.renewed) > 0 { // the session is deleted already: a browser that leaves must not lose its user the next
+		ctx = context.WithoutCancel(ctx)
+	}
 	return e.call(ctx, "commit", func(deadline time.Time) error {
 		if !validToken(token) {
 			return ErrInvalidToken
 		}
-		t, k := e.transactionOf(ctx), readKey{e, token}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
+		ours := session.NewImage(e.codec, bytes.Clone(b), max(record.ToMillis(expiry), 1))
 		change := &session.Commit{
-			Merger: e.merger(), Touch: e.touch, If: t.preconditions(),
-			Ours: session.NewImage(e.codec, bytes.Clone(b), max(record.ToMillis(expiry), 1)),
+			Merger: e.merger(), Touch: e.touch, If: t.preconditions(e),
+			Ours: ours, Base: from.base(token, t),
 		}
-		call := commit.Call{Key: e.prefix + token, Change: change}
-		if r, ok := t.read(k); ok {
-			change.Base, call.Hint = &r, r.Version
-		}
-		if change.Idle() {
-			return nil
-		}
-		if t == nil || e.etcd.Stale() { // nothing is known, or not lately: a failed guess costs more than a read
-			v, err := e.reader.Find(ctx, deadline, call.Key)
-			if err != nil {
-				return err
-			}
-			call.Hint = v
-		}
-		stored, err := e.pipeline.Do(ctx, deadline, call)
+		err := e.commit(ctx, deadline, readKey{e, token}, change, from, t)
 		if err != nil {
-			t.lose(k, publicError(err))
+			t.lose(readKey{e, token}, callError("commit", err))
+		}
+		return err
+	})
+}
+
+// commit makes a commit, and notes what the request believes then.
+func (e *EtcdStore) commit(ctx context.Context, deadline time.Time, k readKey, change *session.Commit, from source, t *transaction) (err error) {
+	ours := change.Ours
+	if len(from.renewed) > 0 {
+		if change.Ours, err = e.renew(ours, from.renewed); err != nil {
 			return err
 		}
-		t.wrote(k, change.After(stored))
+	}
+	if change.Idle() {
 		return nil
-	})
+	}
+	call := commit.Call{Key: e.prefix + k.token, Change: change}
+	if change.Base != nil {
+		call.Hint = change.Base.Version
+	}
+	// A failed guess costs more than a read.
+	if known := change.Base != nil || from.copy != nil || t != nil; !known || e.etcd.Stale() {
+		if call.Hint, err = e.reader.Find(ctx, deadline, call.Key); err != nil {
+			return err
+		}
+	}
+	stored, err := e.pipeline.Do(ctx, deadline, call)
+	if err != nil {
+		return err
+	}
+	after := session.Stored(ours, stored)
+	from.copy.moveTo(k.token, after)
+	t.wrote(k, after)
+	t.wroteSomething(t.reruns() && change.Changes()) // that decodes
+	return nil
 }
 
 // Delete is DeleteCtx with a background context.
@@ -174,35 +211,47 @@ func (e *EtcdStore) Delete(token string) error {
 }
 
 // DeleteCtx deletes a session, whatever others make of it meanwhile: requests that read it before cannot commit it any
-// more. Deleting what is not there succeeds.
+// more. Deleting what is not there succeeds. Once it has begun, a delete does not heed the end of its context, but that of its
+// time: RenewToken deletes the old session before the new one is stored, and must not lose both.
 func (e *EtcdStore) DeleteCtx(ctx context.Context, token string) error {
 	return e.call(ctx, "delete", func(deadline time.Time) error {
 		if !validToken(token) {
 			return nil
 		}
 		t, k := e.transactionOf(ctx), readKey{e, token}
-		r, ok := t.read(k)
-		call := commit.Call{Key: e.prefix + token, Change: commit.Delete{If: t.preconditions()}, Hint: r.Version}
-		if !ok || e.etcd.Stale() {
-			// What is on its way to the session, of a call that is over perhaps, must not come after the delete. It is looked for
-			// before the read: what is settled by then, the read sees.
-			concerned := e.pipeline.Calls(call.Key) > 0
-			v, err := e.reader.Find(ctx, deadline, call.Key)
-			if err != nil {
-				return err
-			}
-			if v.Rev == 0 && !concerned {
-				t.wrote(k, session.Read{})
-				return nil
-			}
-			call.Hint = v
-		}
-		if _, err := e.pipeline.Do(ctx, deadline, call); err != nil {
+		found, err := e.delete(context.WithoutCancel(ctx), deadline, t, k)
+		if err != nil {
+			t.lose(k, callError("delete", err))
 			return err
 		}
+		e.copies.deleted(ctx, token, found)
 		t.wrote(k, session.Read{})
+		if found != nil {
+			t.wroteSomething(true)
+		}
 		return nil
 	})
+}
+
+// delete deletes a session, and returns what it found: nil if there was none.
+func (e *EtcdStore) delete(ctx context.Context, deadline time.Time, t *transaction, k readKey) (*session.Image, error) {
+	var found record.Value
+	r, read := t.read(k)
+	call := commit.Call{Key: e.prefix + k.token, Change: commit.Delete{If: t.preconditions(e), Found: &found}, Hint: r.Version}
+	if !read || e.etcd.Stale() || e.copies.has(k.token) { // a renewal has to know that nobody has deleted it before
+		// What is on its way to the session, of a call that is over perhaps, must not come after the delete. It is looked for
+		// before the read: what is settled by then, the read sees.
+		concerned := e.pipeline.Calls(call.Key) > 0
+		v, err := e.reader.Find(ctx, deadline, call.Key)
+		if err != nil || v.Rev == 0 && !concerned {
+			return nil, err
+		}
+		call.Hint = v
+	}
+	if _, err := e.pipeline.Do(ctx, deadline, call); err != nil {
+		return nil, err
+	}
+	return session.ImageOf(found), nil
 }
 
 // All is AllCtx with a background context.
@@ -213,15 +262,13 @@ func (e *EtcdStore) All() (map[string][]byte, error) {
 // AllCtx returns the data of all sessions by token, as they were at one moment of the call. It reads them in pages, but
 // holds all of them in memory. Sessions that cannot be read are left out.
 //
-// In a transaction, what it returns may be committed and deleted as what FindCtx has returned. A session that the transaction
-// had read before it has two copies of then: a commit of either is merged from what was read first, and so a key that the
-// transaction commits twice conflicts with itself. A listing in a transaction of its own (see [Begin]) does not do that.
+// With [EtcdStore.Codec], what the session manager makes of it may be committed and deleted as what FindCtx has returned.
+// Without it, the commit of a listed session overwrites what others have committed since.
 func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 	var all map[string][]byte
 	err := e.call(ctx, "list", func(deadline time.Time) error {
 		bounded, cancel := context.WithDeadline(ctx, deadline)
 		defer cancel()
-		t := e.transactionOf(ctx)
 		for {
 			versions, err := e.list(bounded)
 			if etcd.Classify(err) == etcd.Compacted {
@@ -234,8 +281,7 @@ func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 			all = make(map[string][]byte, len(versions))
 			for token, v := range versions {
 				if r := session.ReadOf(v, now); r.Image != nil {
-					all[token] = bytes.Clone(r.Payload())
-					t.noteListed(readKey{e, token}, r)
+					all[token] = e.give(ctx, token, r)
 				}
 			}
 			return nil

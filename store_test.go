@@ -156,6 +156,9 @@ func TestStore_LoadAndSave(t *testing.T) {
 func newManager(s scs.Store) *scs.SessionManager {
 	sm := scs.New()
 	sm.Store = s
+	if e, ok := s.(*EtcdStore); ok {
+		sm.Codec = e.Codec()
+	}
 	return sm
 }
 

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/seed210be38d/etcdstore/internal/commit"
 	"github.com/seed210be38d/etcdstore/internal/session"
@@ -22,11 +23,23 @@ type transaction struct {
 	// manager reads a session once, and keeps what it read: a further Find, as MergeSession makes, is not what the
 	// application changes and commits. So the first read counts there, and the last where Begin was called.
 	request bool
+	rerun   bool // by Retry: whether it has an effect is looked at
 
-	mu    sync.Mutex
-	reads map[readKey]belief
-	lost  []loss                // commits that lost against another request, and were not repeated with success since, oldest first
-	guard []commit.Precondition // set by Exclusive, before the transaction is used
+	mu      sync.Mutex
+	reads   map[readKey]session.Read
+	loaded  map[string]bool // tokens that Find was asked for
+	lost    []loss          // commits that lost against another request, and were not repeated with success since, oldest first
+	failed  *loss           // the last write that failed, whyever; nil: none has, or one has succeeded since
+	written bool            // something was committed or deleted
+	effect  bool            // and changed a session's values
+	guards  []*guard        // of Exclusive
+}
+
+// guard is a lock that a request holds, until it is released: what the request writes to the lock's store compares it.
+type guard struct {
+	store    *EtcdStore
+	held     commit.Precondition
+	released atomic.Bool
 }
 
 // readKey names a session: a transaction may span stores.
@@ -39,12 +52,6 @@ type readKey struct {
 type loss struct {
 	readKey
 	err error
-}
-
-// belief is what a request believes about a session.
-type belief struct {
-	session.Read
-	copied bool // the application has read it twice, and may commit either copy
 }
 
 // contextKey is the key of a context's transaction.
@@ -61,7 +68,7 @@ func Begin(ctx context.Context) context.Context {
 }
 
 func newTransaction() *transaction {
-	return &transaction{reads: make(map[readKey]belief, 1)}
+	return &transaction{reads: make(map[readKey]session.Read, 1)}
 }
 
 func newRequestTransaction() *transaction {
@@ -136,24 +143,14 @@ func (t *transaction) note(k readKey, r session.Read) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.loaded == nil {
+		t.loaded = make(map[string]bool, 1)
+	}
+	t.loaded[k.token] = true
 	if _, again := t.reads[k]; again && t.request && !t.hasLost(k) {
 		return
 	}
-	t.reads[k] = belief{Read: r}
-}
-
-// noteListed is note for what a listing returned. It must not replace what the request believes about its own session.
-func (t *transaction) noteListed(k readKey, r session.Read) {
-	if t == nil {
-		return
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if own, ok := t.reads[k]; ok {
-		t.reads[k] = belief{own.Read, true}
-		return
-	}
-	t.reads[k] = belief{Read: r}
+	t.reads[k] = r
 }
 
 // read returns what the transaction has read of a session, if anything.
@@ -163,47 +160,70 @@ func (t *transaction) read(k readKey) (r session.Read, ok bool) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	own, ok := t.reads[k]
-	return own.Read, ok
+	r, ok = t.reads[k]
+	return r, ok
 }
 
-// wrote adds to the read set what the request believes after a write: what it wrote. Where that was merged with what
-// others wrote, no revision holds exactly that, so the next commit merges again and never overwrites. Where the request has
-// two copies of the session, the other one does not have what this one wrote: its commit is merged from the first read, and
-// there is nothing to merge it into if this one was deleted.
+// wrote adds to the read set what the request believes after a write.
 func (t *transaction) wrote(k readKey, r session.Read) {
 	if t == nil {
 		return
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	own := belief{Read: r}
-	if was := t.reads[k]; was.copied {
-		if r.Version != nil {
-			was.Version = r.Version
-		}
-		own = was
-	}
-	t.reads[k] = own
+	t.reads[k], t.failed = r, nil
 	t.lost = slices.DeleteFunc(t.lost, func(l loss) bool { return l.readKey == k })
 }
 
-// preconditions returns on what the transaction may write.
-func (t *transaction) preconditions() []commit.Precondition {
+// guardWith has the transaction's writes to a store compare that a lock is held, until the function that it returns is called.
+func (t *transaction) guardWith(e *EtcdStore, held commit.Precondition) (release func()) {
+	g := &guard{store: e, held: held}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.guards = append(t.guards, g)
+	return func() { g.released.Store(true) }
+}
+
+// activeGuards returns the guards for a transaction within this one.
+func (t *transaction) activeGuards() []*guard {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Clone(t.guards)
+}
+
+// preconditions returns on what the transaction may write to a store.
+func (t *transaction) preconditions(e *EtcdStore) (held []commit.Precondition) {
 	if t == nil {
 		return nil
 	}
-	return t.guard
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, g := range t.guards {
+		if g.store == e && !g.released.Load() {
+			held = append(held, g.held)
+		}
+	}
+	return held
 }
 
-// lose notes that a commit lost against another request.
+// lose notes that a write has failed, and whether it lost against another request.
 func (t *transaction) lose(k readKey, err error) {
-	if t == nil || !errors.Is(err, ErrConflict) && !errors.Is(err, ErrSessionGone) {
+	if t == nil {
 		return
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.lost = append(slices.DeleteFunc(t.lost, func(l loss) bool { return l.readKey == k }), loss{k, err})
+	t.failed = &loss{k, err}
+	if errors.Is(err, ErrConflict) || errors.Is(err, ErrSessionGone) {
+		t.lost = append(slices.DeleteFunc(t.lost, func(l loss) bool { return l.readKey == k }), *t.failed)
+	}
+}
+
+// failure returns the last write that has failed, nil if none has since.
+func (t *transaction) failure() *loss {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.failed
 }
 
 // hasLost reports whether the last commit of a session lost.
@@ -213,12 +233,41 @@ func (t *transaction) hasLost(k readKey) bool {
 	return slices.ContainsFunc(t.lost, func(l loss) bool { return l.readKey == k })
 }
 
-// defeat returns with which session, and why, the transaction has lost first; the error is nil if it has not.
-func (t *transaction) defeat() (token string, err error) {
+// outcome returns with which session, and why, the transaction has lost first, and whether it had written anything by then;
+// the error is nil if it has not lost.
+func (t *transaction) outcome() (token string, err error, written bool) { //nolint:revive // the error is a value here
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.lost) == 0 {
-		return "", nil
+		return "", nil, t.written
 	}
-	return t.lost[0].token, t.lost[0].err
+	return t.lost[0].token, t.lost[0].err, t.written
+}
+
+// hasLoaded reports whether the transaction has asked for a session.
+func (t *transaction) hasLoaded(token string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.loaded[token]
+}
+
+// hasEffect reports whether the transaction has changed a session.
+func (t *transaction) hasEffect() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.effect
+}
+
+// reruns reports whether the transaction is a further run of Retry's.
+func (t *transaction) reruns() bool { return t != nil && t.rerun }
+
+// wroteSomething notes that a call under the transaction's context has written; changes says that values have changed.
+func (t *transaction) wroteSomething(changes bool) {
+	if t == nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.written = true
+	t.effect = t.effect || changes
 }

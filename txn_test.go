@@ -33,32 +33,23 @@ func TestTransaction_ReadSet(t *testing.T) {
 	want("noted", a, read1, true)
 	want("another token", otherToken, session.Read{}, false)
 	want("another store", otherStore, session.Read{}, false)
-	tx.noteListed(a, read2)
-	want("listed after it was read", a, read1, true)
-	if !tx.reads[a].copied {
-		t.Error("listed after it was read: there is one copy")
-	}
-	tx.noteListed(otherToken, read2)
-	want("listed", otherToken, read2, true)
 	tx.note(a, read2)
 	want("read again", a, read2, true)
 	tx.wrote(a, read3)
 	want("written", a, read3, true)
 	tx.wrote(a, session.Read{})
 	want("deleted", a, session.Read{}, true) // which differs from not read at all
-	tx.noteListed(a, read1)
-	want("listed after it was deleted", a, session.Read{}, true)
 	tx.note(otherStore, session.Read{})
 	want("read absent", otherStore, session.Read{}, true)
 }
 
-func TestTransaction_Defeat(t *testing.T) {
+func TestTransaction_Outcome(t *testing.T) {
 	a, b := readKey{&EtcdStore{}, "a"}, readKey{&EtcdStore{}, "b"}
 	conflict := &ConflictError{Keys: []string{"k"}}
 	tx := newTransaction()
 	want := func(step, token string, want error) {
 		t.Helper()
-		if got, err := tx.defeat(); got != token || err != want { //nolint:errorlint // the very error
+		if got, err, _ := tx.outcome(); got != token || err != want { //nolint:errorlint // the very error
 			t.Errorf("%s: defeat = %q, %v; want %q, %v", step, got, err, token, want)
 		}
 	}
@@ -72,11 +63,11 @@ func TestTransaction_Defeat(t *testing.T) {
 		want(fmt.Sprint(err), "a", err)
 	}
 	tx.note(a, session.Read{Rev: 5})
-	if _, err := tx.defeat(); err == nil {
+	if _, err, _ := tx.outcome(); err == nil {
 		t.Error("reading the session again undid the defeat")
 	}
 	tx.wrote(b, session.Read{Rev: 6})
-	if _, err := tx.defeat(); err == nil {
+	if _, err, _ := tx.outcome(); err == nil {
 		t.Error("writing another session undid the defeat")
 	}
 	tx.lose(b, conflict)
@@ -91,7 +82,6 @@ func TestTransaction_Nil(t *testing.T) {
 	var tx *transaction
 	k := readKey{&EtcdStore{}, "a"}
 	tx.note(k, session.Read{Rev: 1})
-	tx.noteListed(k, session.Read{Rev: 1})
 	tx.wrote(k, session.Read{Rev: 1})
 	tx.lose(k, ErrConflict)
 	if got, ok := tx.read(k); ok || got != (session.Read{}) {
@@ -108,18 +98,17 @@ func TestTransaction_ConcurrentUse(t *testing.T) {
 			k := readKey{store, fmt.Sprint(i % 4)}
 			for rev := range int64(100) {
 				tx.note(k, session.Read{Rev: rev})
-				tx.noteListed(k, session.Read{Rev: -1})
 				tx.lose(k, ErrConflict)
 				if r, ok := tx.read(k); !ok || r.Rev < 0 {
 					t.Errorf("read = %+v, %v", r, ok)
 				}
-				_, _ = tx.defeat()
+				_, _, _ = tx.outcome()
 				tx.wrote(k, session.Read{Rev: rev})
 			}
 		})
 	}
 	wg.Wait()
-	if _, err := tx.defeat(); err != nil {
+	if _, err, _ := tx.outcome(); err != nil {
 		t.Errorf("defeat = %v after all were written", err)
 	}
 }

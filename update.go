@@ -22,7 +22,8 @@ import (
 // (runtime.Goexit, as testing.T.FailNow does), the Update fails.
 //
 // An error of fn aborts, and Update returns it as it is. Where there is no such session, or it goes meanwhile, the
-// error is ErrSessionGone. Update stands outside of a transaction in ctx: the read set does not change.
+// error is ErrSessionGone. Update stands outside of a transaction in ctx: the read
+// set does not change. But a run of Retry that has updated a session has written, and is not repeated.
 func (e *EtcdStore) Update(ctx context.Context, token string, fn func(values map[string]any) error) error {
 	if !validToken(token) {
 		return ErrSessionGone
@@ -43,6 +44,9 @@ func (e *EtcdStore) Update(ctx context.Context, token string, fn func(values map
 			_, err = e.pipeline.Do(ctx, deadline, commit.Call{
 				Key: e.prefix + token, Change: &session.Update{Fn: fn}, Hint: hint, Attended: true,
 			})
+			if err == nil {
+				explicit(ctx).wroteSomething(true)
+			}
 			if !errors.Is(err, session.ErrBareExpiry) {
 				return err
 			}

@@ -138,10 +138,18 @@ type Precondition struct {
 }
 
 // Delete is the change that deletes a key, whatever it holds.
-type Delete struct{ If []Precondition }
+type Delete struct {
+	If    []Precondition
+	Found *record.Value // if not nil, where it leaves what the key held; to be read when the call has succeeded
+}
 
 // Next deletes the key.
-func (d Delete) Next(State) (Write, error) { return Write{If: d.If}, nil }
+func (d Delete) Next(cur State) (Write, error) {
+	if d.Found != nil {
+		*d.Found = cur.Value
+	}
+	return Write{If: d.If}, nil
+}
 
 // Direct implements Change.
 func (Delete) Direct(State) bool { return true }

@@ -16,7 +16,7 @@ type Read struct {
 
 // ReadOf returns what a request believes that was given v at the time now.
 func ReadOf(v *record.Version, now record.Millis) Read {
-	return Read{Image: imageOf(v.Live(now)), Rev: v.Rev, Version: v}
+	return Read{Image: ImageOf(v.Live(now)), Rev: v.Rev, Version: v}
 }
 
 // Payload returns the session's data. It must not be changed.
@@ -45,7 +45,7 @@ var (
 func (c *Commit) Next(cur commit.State) (commit.Write, error) {
 	image := c.Ours
 	if c.merges(cur) {
-		theirs := imageOf(cur.Value)
+		theirs := ImageOf(cur.Value)
 		if theirs == nil || c.reborn(cur) {
 			return commit.Write{}, goneError(cur)
 		}
@@ -136,18 +136,23 @@ func (c *Commit) Idle() bool {
 	if c.Touch == 0 || c.Base == nil || c.Base.Image == nil {
 		return false
 	}
-	stored := imageOf(c.Base.Version.Value) // nil where it was deleted since
+	stored := ImageOf(c.Base.Version.Value) // nil where it was deleted since
 	return stored != nil && c.withinTouch(stored.expiry, c.Ours.expiry) && c.Base.Image.sameContents(c.Ours)
 }
 
-// After returns what the request believes once its commit has been stored as v: what it wrote. Where that was merged with
-// what others wrote, no revision holds exactly that, so the next commit merges again and never overwrites.
-func (c *Commit) After(v *record.Version) Read {
-	after := Read{Image: c.Ours, Version: v}
-	if imageOf(v.Value) == c.Ours {
-		after.Rev = v.Rev
+// Stored returns what a request believes once its commit of ours has been stored as v: what it wrote. Where that was merged
+// with what others wrote, no revision holds exactly that, so the next commit merges again and never overwrites.
+func Stored(ours *Image, v *record.Version) Read {
+	r := Read{Image: ours, Version: v}
+	if ImageOf(v.Value) == ours {
+		r.Rev = v.Rev
 	}
-	return after
+	return r
+}
+
+// Changes reports whether the commit changes more than the expiry, as far as that decodes.
+func (c *Commit) Changes() bool {
+	return c.Base == nil || c.Base.Image == nil || !c.Base.Image.sameContents(c.Ours)
 }
 
 // Prepare decodes: the session has company, so a merge is likely.
@@ -165,7 +170,7 @@ type Update struct {
 
 // Next implements commit.Change.
 func (u *Update) Next(cur commit.State) (commit.Write, error) {
-	image := imageOf(cur.Value)
+	image := ImageOf(cur.Value)
 	if image == nil {
 		return commit.Write{}, goneError(cur)
 	}

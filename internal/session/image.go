@@ -33,8 +33,8 @@ func NewImage(codec scs.Codec, payload []byte, expiry record.Millis) *Image {
 	return i
 }
 
-// imageOf returns the image that is a key's value, nil for none.
-func imageOf(v record.Value) *Image {
+// ImageOf returns the image that is a key's value, nil for none.
+func ImageOf(v record.Value) *Image {
 	i, _ := v.(*Image)
 	return i
 }

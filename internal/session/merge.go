@@ -167,3 +167,34 @@ func changed(base, side *Contents) []string {
 	slices.Sort(keys)
 	return keys
 }
+
+// CarryOver returns ours with what theirs has changed since base, where ours has not changed the same: there Resolve decides,
+// or else ours stands, as its deadline and its expiry do in any case. What does not decode carries nothing over.
+func (m Merger) CarryOver(base, ours, theirs *Image) *Image {
+	if base == nil {
+		return ours
+	}
+	b, errBase := base.Contents()
+	o, errOurs := ours.Contents()
+	t, errTheirs := theirs.Contents()
+	if errBase != nil || errOurs != nil || errTheirs != nil {
+		return ours
+	}
+	lenient := Merger{Resolve: func(c Clash) (any, error) {
+		if m.Resolve != nil && c.Key != DeadlineKey {
+			if v, err := m.Resolve(c); err == nil {
+				return v, nil
+			}
+		}
+		return c.Ours, nil
+	}}
+	merged, err := lenient.merge(b, o, t)
+	if err != nil {
+		return ours
+	}
+	carried, err := imageWith(ours.codec, &Contents{deadline: o.deadline, values: merged.values, raw: true}, ours.expiry)
+	if err != nil {
+		return ours
+	}
+	return carried
+}

@@ -1,0 +1,357 @@
+package etcdstore
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"reflect"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+	"weak"
+
+	"github.com/alexedwards/scs/v2"
+
+	"github.com/seed210be38d/etcdstore/internal/session"
+	"github.com/seed210be38d/etcdstore/internal/weakmap"
+)
+
+// The version travels in the session.
+//
+// A commit is validated against what its copy of the session was read from. The link between the two is not the context,
+// which frameworks, servers and adapters derive, detach and share at will, but the copy itself, as with Kubernetes'
+// resourceVersion and HTTP's ETag: the codec puts a reserved value among the session's values when it decodes them, and takes
+// it out when it encodes them. It is never stored.
+//
+//	FindCtx ── bytes ──> Decode ── values with a mark ──> application ──> Encode ── bytes ──> CommitCtx
+//
+// scs hands on the very bytes that it is given, so on either side of it a registry of weak pointers finds what belongs to
+// them: a read, or the marks of a copy. What nobody holds any more is forgotten.
+//
+// Each copy is a transaction of its own, with its own base, moved by its own commits. Two copies in one request are as two
+// requests; a copy may be committed several times.
+//
+// scs's operations on a copy, and what becomes of its mark:
+//
+//   - RenewToken keeps it. So a copy that is committed under a fresh token, and whose mark names a session that was deleted
+//     since, is a renewal (renew).
+//   - Clear and Destroy drop it, and so does an application that removes all keys. The copy is still known by its map, which
+//     scs never replaces: that gives the base for a commit under the same token, and never makes a renewal, so that after a
+//     Destroy nothing of the earlier session reaches the next.
+//   - MergeSession copies another session's values, with its mark. Marks are named by their session, so they do not collide.
+//
+// Where the bytes do not arrive as they were given (a wrapper that copies or encrypts them), or the session manager has
+// another codec, the context is the fallback (txn.go).
+//
+// Rejected: the version in the stored bytes (every commit would carry it, and a codec of the application's own would have to
+// know it), and the map alone, which cannot tell RenewToken from Destroy followed by new data.
+
+// markPrefix begins the keys of marks. scs reserves keys that begin with two underscores in the same way.
+const markPrefix = "__etcdstore:"
+
+// Codec is for scs.SessionManager.Codec: around the codec of [WithCodec], it lets each copy of a session carry the version
+// that it was read at, so that commits are validated under every server, router and adapter, and whatever becomes of
+// contexts:
+//
+//	sessionManager.Codec = store.Codec()
+//
+// While a session is loaded, its values have one more key, which begins with "__etcdstore:". SessionManager.Keys shows it;
+// it is never stored.
+func (e *EtcdStore) Codec() scs.Codec {
+	e.linked.Store(true)
+	return linkCodec{e}
+}
+
+// linkCodec is the codec of Codec.
+type linkCodec struct{ store *EtcdStore }
+
+// loaded copies: by the bytes that scs was given, by the bytes that it gives, and by the map of their values.
+var (
+	readsByBytes  weakmap.Map[*origin]
+	copiesByBytes weakmap.Map[[]*loadedCopy]
+	copiesByMap   weakmap.Map[*loadedCopy]
+)
+
+// origin is what bytes that FindCtx or AllCtx has returned were read from.
+type origin struct {
+	store *EtcdStore
+	token string
+	read  session.Read
+	done  <-chan struct{} // of the context
+}
+
+// loadedCopy is a copy of a session that the application has in memory. It is the mark among the copy's values.
+type loadedCopy struct {
+	store *EtcdStore
+
+	mu      sync.Mutex
+	token   string // "": it was never stored
+	read    session.Read
+	done    <-chan struct{}
+	deleted *deletion // of the session, since it was read
+}
+
+// deletion is what a call found that deleted a session: nil if it found none.
+type deletion struct{ image *session.Image }
+
+// String keeps what is in a mark from being printed with the values that it is among.
+func (*loadedCopy) String() string { return "version" }
+
+// GoString is String for the verb %#v.
+func (*loadedCopy) GoString() string { return "version" }
+
+// markKey names the mark of a session, by a hash of its token.
+func markKey(token string) string {
+	if token == "" {
+		return markPrefix + "new"
+	}
+	hash := sha256.Sum256([]byte("etcdstore mark " + token))
+	return markPrefix + hex.EncodeToString(hash[:8])
+}
+
+// give returns b for scs, as bytes of their own that Decode finds the read by.
+func (e *EtcdStore) give(ctx context.Context, token string, r session.Read) []byte {
+	b := ownBytes(r.Payload())
+	if e.linked.Load() {
+		readsByBytes.Put(first(b), &origin{store: e, token: token, read: r, done: ctx.Done()})
+	}
+	return b
+}
+
+// ownBytes returns a copy of b in an allocation of its own: small ones share one otherwise, and have no end of their own.
+func ownBytes(b []byte) []byte {
+	own := make([]byte, len(b), max(len(b), 64))
+	copy(own, b)
+	return own
+}
+
+func first(b []byte) *byte { return &b[:1][0] }
+
+// Decode implements scs.Codec.
+func (c linkCodec) Decode(b []byte) (time.Time, map[string]any, error) {
+	deadline, values, err := c.store.codec.Decode(b)
+	if err != nil || cap(b) == 0 {
+		return deadline, values, err
+	}
+	if o, ok := readsByBytes.Get(first(b)); ok {
+		if values == nil {
+			values = make(map[string]any, 1)
+		}
+		l := &loadedCopy{store: o.store, token: o.token, read: o.read, done: o.done}
+		o.store.copies.add(l, o.token)
+		values[markKey(o.token)] = l
+		copiesByMap.Put(mapOf(values), l)
+	}
+	return deadline, values, nil
+}
+
+// mapOf returns where a map begins.
+func mapOf(values map[string]any) *byte { return (*byte)(reflect.ValueOf(values).UnsafePointer()) }
+
+// Encode implements scs.Codec. scs calls it with the copy's own map, under its mutex.
+func (c linkCodec) Encode(deadline time.Time, values map[string]any) ([]byte, error) {
+	if values == nil {
+		values = make(map[string]any, 1)
+	}
+	marks := takeMarks(values)
+	l, known := copiesByMap.Get(mapOf(values))
+	if !known {
+		l = &loadedCopy{store: c.store}
+		copiesByMap.Put(mapOf(values), l)
+		if len(marks) == 0 {
+			marks = append(marks, l)
+		}
+	}
+	defer putMarks(values, marks)
+	b, err := c.store.codec.Encode(deadline, values)
+	if err != nil {
+		return nil, err
+	}
+	b = ownBytes(b) // the codec may keep, or give again, what it returned
+	copiesByBytes.Put(first(b), append([]*loadedCopy{l}, marks...))
+	return b, nil
+}
+
+// takeMarks takes the marks out of a copy's values.
+func takeMarks(values map[string]any) (marks []*loadedCopy) {
+	for key, v := range values {
+		if l, ok := v.(*loadedCopy); ok && strings.HasPrefix(key, markPrefix) {
+			marks = append(marks, l)
+			delete(values, key)
+		}
+	}
+	return marks
+}
+
+// putMarks puts them back, each under its session's name by now.
+func putMarks(values map[string]any, marks []*loadedCopy) {
+	for _, l := range marks {
+		l.mu.Lock()
+		values[markKey(l.token)] = l
+		l.mu.Unlock()
+	}
+}
+
+// source is what a commit comes from.
+type source struct {
+	store   *EtcdStore
+	copy    *loadedCopy   // nil: it is not known
+	renewed []*loadedCopy // marks of the sessions that the commit renews
+}
+
+// sourceOf returns what the bytes of a commit come from, under this token.
+func (e *EtcdStore) sourceOf(token string, b []byte) source {
+	if cap(b) == 0 {
+		return source{store: e}
+	}
+	all, _ := copiesByBytes.Get(first(b))
+	if len(all) == 0 {
+		return source{store: e}
+	}
+	byMap, marks := all[0], all[1:]
+	for _, l := range append(marks[:len(marks):len(marks)], byMap) {
+		if l.store == e && l.names(token) {
+			return source{store: e, copy: l}
+		}
+	}
+	s := source{store: e, copy: byMap}
+	for _, l := range marks {
+		if l.store == e && l.wasDeleted() {
+			s.renewed = append(s.renewed, l)
+		}
+	}
+	if len(s.renewed) == 0 && byMap.store != e {
+		s.copy = &loadedCopy{store: e} // moved to this store from another
+	}
+	return s
+}
+
+func (l *loadedCopy) names(token string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.token == token
+}
+
+func (l *loadedCopy) wasDeleted() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.token != "" && l.deleted != nil
+}
+
+// base returns what a commit under this token is based on: what its copy was read from or has stored since. Of a copy that is
+// not known, the transaction tells. It is nil where the session was never read: then the commit overwrites.
+func (s source) base(token string, t *transaction) *session.Read {
+	if s.copy == nil {
+		if r, ok := t.read(readKey{s.store, token}); ok {
+			return &r
+		}
+		return nil
+	}
+	s.copy.mu.Lock()
+	defer s.copy.mu.Unlock()
+	if s.copy.token != token {
+		return nil
+	}
+	r := s.copy.read
+	return &r
+}
+
+// moveTo says that the copy was stored under a token, and what it is by now.
+func (l *loadedCopy) moveTo(token string, r session.Read) {
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.token != token {
+		l.deleted = nil
+		l.store.copies.add(l, token)
+	}
+	l.token, l.read = token, r
+}
+
+// renew returns ours with what others have committed to the sessions that it renews, between the read and the deletion of
+// each. Where they changed what this request changed, the resolver decides, else this request: a renewal is a login, mostly,
+// and must not be lost. It is not made where the session was gone before the request deleted it.
+func (e *EtcdStore) renew(ours *session.Image, renewed []*loadedCopy) (*session.Image, error) {
+	for _, l := range renewed {
+		l.mu.Lock()
+		base, theirs := l.read.Image, l.deleted.image
+		l.mu.Unlock()
+		if theirs == nil {
+			return nil, ErrSessionGone
+		}
+		ours = e.merger().CarryOver(base, ours, theirs)
+	}
+	return ours, nil
+}
+
+// copies finds the loaded copies of a session.
+type copies struct {
+	mu      sync.Mutex
+	byToken map[string]map[weak.Pointer[loadedCopy]]struct{}
+}
+
+// copyKey is an entry of copies.
+type copyKey struct {
+	token string
+	copy  weak.Pointer[loadedCopy]
+}
+
+// add adds a copy, until nobody holds it any more.
+func (c *copies) add(l *loadedCopy, token string) {
+	key := copyKey{token, weak.Make(l)}
+	c.mu.Lock()
+	if c.byToken == nil {
+		c.byToken = make(map[string]map[weak.Pointer[loadedCopy]]struct{})
+	}
+	if c.byToken[token] == nil {
+		c.byToken[token] = make(map[weak.Pointer[loadedCopy]]struct{}, 1)
+	}
+	c.byToken[token][key.copy] = struct{}{}
+	c.mu.Unlock()
+	runtime.AddCleanup(l, c.forget, key)
+}
+
+// has reports whether a session is loaded.
+func (c *copies) has(token string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.byToken[token]) > 0
+}
+
+func (c *copies) forget(key copyKey) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.byToken[key.token], key.copy)
+	if len(c.byToken[key.token]) == 0 {
+		delete(c.byToken, key.token)
+	}
+}
+
+// deleted tells the copies of a session that a call has deleted it, and what that found: those under the call's own context,
+// or all where there are none. scs does not say which copy it is that deletes.
+func (c *copies) deleted(ctx context.Context, token string, found *session.Image) {
+	c.mu.Lock()
+	var all, own []*loadedCopy
+	for p := range c.byToken[token] {
+		if l := p.Value(); l != nil {
+			all = append(all, l)
+			if done := ctx.Done(); done != nil && l.done == done {
+				own = append(own, l)
+			}
+		}
+	}
+	c.mu.Unlock()
+	if len(own) > 0 {
+		all = own
+	}
+	for _, l := range all {
+		l.mu.Lock()
+		if l.token == token {
+			l.deleted = &deletion{found}
+		}
+		l.mu.Unlock()
+	}
+}
