@@ -20,10 +20,18 @@ import (
 // yes is an etcd that does nothing and says that every Txn succeeded.
 type yes struct{ revision atomic.Int64 }
 
+// header is that of an answer, each at a revision of its own.
+func (y *yes) header() *etcdserverpb.ResponseHeader {
+	return &etcdserverpb.ResponseHeader{Revision: y.revision.Add(1)}
+}
+
 func (y *yes) Do(_ context.Context, op clientv3.Op) (clientv3.OpResponse, error) {
-	header := &etcdserverpb.ResponseHeader{Revision: y.revision.Add(1)}
-	if !op.IsTxn() {
-		return (&clientv3.PutResponse{Header: header}).OpResponse(), nil // of a lease's key
+	header := y.header()
+	switch { // other than a Txn: of a lease's key
+	case op.IsPut():
+		return (&clientv3.PutResponse{Header: header}).OpResponse(), nil
+	case op.IsDelete():
+		return (&clientv3.DeleteResponse{Header: header}).OpResponse(), nil
 	}
 	_, then, _ := op.Txn()
 	responses := make([]*etcdserverpb.ResponseOp, len(then))
@@ -37,16 +45,16 @@ func (y *yes) Do(_ context.Context, op clientv3.Op) (clientv3.OpResponse, error)
 }
 
 func (y *yes) Grant(context.Context, int64) (*clientv3.LeaseGrantResponse, error) {
-	id := y.revision.Add(1)
-	return &clientv3.LeaseGrantResponse{ID: clientv3.LeaseID(id), ResponseHeader: &etcdserverpb.ResponseHeader{Revision: id}}, nil
+	header := y.header()
+	return &clientv3.LeaseGrantResponse{ID: clientv3.LeaseID(header.Revision), ResponseHeader: header}, nil
 }
 
-func (*yes) Revoke(context.Context, clientv3.LeaseID) (*clientv3.LeaseRevokeResponse, error) {
-	return &clientv3.LeaseRevokeResponse{}, nil
+func (y *yes) Revoke(context.Context, clientv3.LeaseID) (*clientv3.LeaseRevokeResponse, error) {
+	return &clientv3.LeaseRevokeResponse{Header: y.header()}, nil
 }
 
-func (*yes) TimeToLive(context.Context, clientv3.LeaseID, ...clientv3.LeaseOption) (*clientv3.LeaseTimeToLiveResponse, error) {
-	return &clientv3.LeaseTimeToLiveResponse{}, nil
+func (y *yes) TimeToLive(context.Context, clientv3.LeaseID, ...clientv3.LeaseOption) (*clientv3.LeaseTimeToLiveResponse, error) {
+	return &clientv3.LeaseTimeToLiveResponse{ResponseHeader: y.header()}, nil
 }
 
 func (*yes) AuthStatus(context.Context) (*clientv3.AuthStatusResponse, error) {

@@ -63,7 +63,7 @@ func TestSentinels_AreDistinct(t *testing.T) {
 	if !errors.Is(errLockLost, ErrConflict) {
 		t.Error("a lost lock is no conflict")
 	}
-	if !errors.Is(session.ErrForeignKey, ErrInvalidToken) {
+	if err := callError("commit", session.ErrForeignKey); !errors.Is(err, ErrInvalidToken) {
 		t.Error("another store's key is no invalid token")
 	}
 }

@@ -181,7 +181,7 @@ func (e *EtcdStore) commit(ctx context.Context, deadline time.Time, k readKey, c
 			return err
 		}
 	}
-	if change.Idle() {
+	if change.Idle(e.clock.Now()) {
 		return nil
 	}
 	call := commit.Call{Key: e.prefix + k.token, Change: change}

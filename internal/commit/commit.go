@@ -120,6 +120,11 @@ type State struct {
 	// The revision that created its key, which tells the value from others under the key; -1: not known yet.
 	Born int64
 
+	// A value that has ended, where the key holds one, and the revision that created its key. To a change that does not know
+	// it, it is as none.
+	Ended     record.Value
+	EndedBorn int64
+
 	Err error // why what the key holds cannot be taken for a value, where it cannot
 }
 
@@ -128,6 +133,10 @@ type Write struct {
 	Value record.Value   // nil: the key is deleted; the state's own: it stays as it is
 	Also  []record.Entry // what stands with the value, all of it
 	If    []Precondition // changes with different ones are not folded
+
+	// Renews says that the value goes on from the state's Ended. Else what has ended is deleted first, and the value gets a
+	// key of its own.
+	Renews bool
 }
 
 // Precondition is a condition besides the key's revision on which a change may take effect. It must be one that does not come

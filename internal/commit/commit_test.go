@@ -466,7 +466,7 @@ func TestPipeline_SeatlessTimeIsUp(t *testing.T) {
 		b.queues["a"] = a.queue
 		for _, d := range []time.Duration{time.Second, 5 * time.Second} {
 			a.calls = append(a.calls, &call{Call: Call{Key: "a", Change: Delete{}}, deadline: start.Add(d), done: make(chan struct{})})
-			b.Pipeline.calls.Add(1)
+			b.calls.Add(1)
 		}
 		first, second := a.calls[0], a.calls[1]
 		go b.drive([]*attempt{a})

@@ -272,14 +272,18 @@ type folding struct {
 	guards  []Precondition
 	calls   []*call // whose changes have run
 	changed bool    // one of them has run to a result
+	renews  bool    // the value goes on from one that has ended
 	closed  bool    // it takes no more
 }
 
 func startFold(base *record.Version, now record.Millis) *folding {
 	current := base.Live(now)
 	f := &folding{base: base, current: current, cur: State{Value: current, Rev: base.Rev, Born: -1, Now: now, Err: base.Unreadable()}}
-	if current != nil {
+	switch {
+	case current != nil:
 		f.cur.Born, f.cur.Also = base.Created, base.Also
+	case base.Expired(now):
+		f.cur.Ended, f.cur.EndedBorn = base.Value, base.Created
 	}
 	return f
 }
@@ -295,6 +299,10 @@ func (f *folding) add(o *call) bool {
 		}
 		f.guards, f.changed = o.write.If, true
 		there := f.cur.Value != nil || f.cur.Err != nil
+		if o.write.Renews && f.cur.Ended != nil && o.write.Value != nil {
+			f.renews, f.cur.Born = true, f.cur.EndedBorn
+		}
+		f.cur.Ended = nil
 		f.closed = o.write.Value == nil && there
 		if o.write.Value != f.cur.Value {
 			f.cur.Value, f.cur.Rev = o.write.Value, 0
@@ -321,7 +329,7 @@ func (p *Pipeline) prepare(a *attempt, f *folding) {
 		p.settle(a, a.base) // what failed did so over the base, which is no guess for it
 	case !f.changed:
 		a.kind = validate // that it has expired is still a guess: others may have moved its expiry since it was read
-	case final != nil && final != f.current && a.base.Expired(f.cur.Now):
+	case final != nil && final != f.current && a.base.Expired(f.cur.Now) && !f.renews:
 		a.kind, a.clears = remove, true
 	case final != nil && final != f.current:
 		a.kind, a.final, a.also = put, final, f.cur.Also

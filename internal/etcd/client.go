@@ -72,6 +72,7 @@ func (c *Client) Send(ctx context.Context, op clientv3.Op) (clientv3.OpResponse,
 	return resp, nil
 }
 
+// Saw notes the revision of an answer.
 func (c *Client) Saw(h *etcdserverpb.ResponseHeader) {
 	c.answered.Store(max(int64(time.Since(c.made)), 1))
 	for {

@@ -16,22 +16,22 @@ import (
 type Class int
 
 const (
-	// Unknown: the request may have been applied, or may still be. The zero value, so that an error
+	// Unknown says that the request may have been applied, or may still be. The zero value, so that an error
 	// that nobody foresaw is never taken for an answer.
 	Unknown Class = iota
-	// Rejected: nothing was applied, and sending the same again gives the same.
+	// Rejected says that nothing was applied, and sending the same again gives the same.
 	Rejected
-	// Transient: nothing was applied, and sending the same again may succeed.
+	// Transient says that nothing was applied, and sending the same again may succeed.
 	Transient
-	// TooLarge: nothing was applied, the request exceeds etcd's limit on bytes.
+	// TooLarge says that nothing was applied, the request exceeds etcd's limit on bytes.
 	TooLarge
-	// TooManyOps: nothing was applied, the request exceeds etcd's limit on operations.
+	// TooManyOps says that nothing was applied, the request exceeds etcd's limit on operations.
 	TooManyOps
-	// LeaseLost: nothing was applied, a lease that the request names does not exist.
+	// LeaseLost says that nothing was applied, a lease that the request names does not exist.
 	LeaseLost
-	// Compacted: nothing was applied, the revision that was to be read is compacted.
+	// Compacted says that nothing was applied, the revision that was to be read is compacted.
 	Compacted
-	// NoSpace: a write was refused for want of space, or, where the quota was crossed by this very
+	// NoSpace says that a write was refused for want of space, or, where the quota was crossed by this very
 	// request, applied (server/etcdserver/apply, applierV3 with quota). The answer proves that the request is
 	// not under way any more, so a read settles it, and for a create the history.
 	NoSpace

@@ -141,11 +141,18 @@ func (f *Etcd) Script(match func(r *Request) bool, fates ...func(r *Request) err
 // ErrLost is what a caller gets whose connection ends.
 var ErrLost = status.Error(codes.Unavailable, "error reading from server: EOF")
 
-// Pass, Drop, Lose and Answer are what can become of a request: it passes, is lost on its way, or is applied and the answer
-// lost; or another error is answered, and nothing applied.
+// What can become of a request.
+
+// Pass lets a request through.
 func Pass(r *Request) error { return r.Apply() }
-func Drop(*Request) error   { return ErrLost }
+
+// Drop loses a request on its way.
+func Drop(*Request) error { return ErrLost }
+
+// Lose loses the answer to a request that was applied.
 func Lose(r *Request) error { _ = r.Apply(); return ErrLost }
+
+// Answer returns what answers an error to a request, and applies nothing.
 func Answer(err error) func(*Request) error {
 	return func(*Request) error { return err }
 }

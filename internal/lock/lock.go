@@ -64,6 +64,7 @@ type Lock struct {
 	done  func() // the turn
 }
 
+// New returns locks whose keys begin with prefix. detach runs what goes on after a call in a goroutine.
 func New(client *clientv3.Client, prefix string, timeout time.Duration, detach func(func())) *Locks {
 	return &Locks{client: client, prefix: prefix, timeout: timeout, detach: detach}
 }

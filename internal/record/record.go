@@ -48,6 +48,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // attempt's.
 type WriteID [16]byte
 
+// NewWriteID returns a write id that no other attempt has.
 func NewWriteID() (id WriteID) {
 	binary.BigEndian.PutUint64(id[:8], rand.Uint64())
 	binary.BigEndian.PutUint64(id[8:], rand.Uint64())
@@ -66,6 +67,7 @@ type Record struct {
 // Kind says what a value is.
 type Kind int
 
+// The kinds of values.
 const (
 	KindRecord  Kind = iota // a record of this version
 	KindBare                // no trailer: a session of scs's own etcdstore

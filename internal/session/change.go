@@ -32,7 +32,7 @@ type Commit struct {
 	Merger
 	Base  *Read // nil: the session was not read, or there is no transaction
 	Ours  *Image
-	Touch time.Duration // a commit that just moves the expiry by less is not made
+	Touch time.Duration // a commit that just moves the expiry by less is not made, mostly
 	If    []commit.Precondition
 }
 
@@ -41,31 +41,48 @@ var (
 	_ commit.Change = (*Update)(nil)
 )
 
-// Next implements commit.Change: first committer wins, and later ones are merged.
+// Next implements commit.Change: first committer wins, and later ones are merged. Expiry is not a logout: what a request has
+// read before it ended goes on with the request's commit, if nobody has deleted or replaced it.
 func (c *Commit) Next(cur commit.State) (commit.Write, error) {
-	image := c.Ours
-	if c.merges(cur) {
-		theirs := ImageOf(cur.Value)
-		if theirs == nil || c.reborn(cur) {
-			return commit.Write{}, goneError(cur)
-		}
-		var err error
-		if image, err = c.merged(theirs); err != nil {
-			return commit.Write{}, err
-		}
+	w := commit.Write{Value: valueOf(c.Ours), If: c.If}
+	if c.lives(cur) {
+		cur.Value, cur.Born, w.Renews = cur.Ended, cur.EndedBorn, true
 	}
-	return commit.Write{Value: valueOf(image), If: c.If}, nil
+	if !c.merges(cur) {
+		return w, nil
+	}
+	theirs := ImageOf(cur.Value)
+	if theirs == nil || c.reborn(cur) {
+		return commit.Write{}, goneError(cur)
+	}
+	merged, err := c.merged(theirs, cur.Now)
+	if err != nil {
+		return commit.Write{}, err
+	}
+	if w.Renews && merged == theirs {
+		merged = c.Ours // which has not ended
+	}
+	w.Value = valueOf(merged)
+	return w, nil
 }
 
 // Direct implements commit.Change: only a merge decodes.
 func (c *Commit) Direct(cur commit.State) bool {
+	if c.lives(cur) {
+		cur.Value, cur.Born = cur.Ended, cur.EndedBorn
+	}
 	return !c.merges(cur) || cur.Value == nil || c.reborn(cur)
+}
+
+// lives reports whether the session that was read is there, and has ended since.
+func (c *Commit) lives(cur commit.State) bool {
+	return cur.Value == nil && cur.Ended != nil && c.Base != nil && c.Base.Image != nil && c.Base.Version != nil &&
+		c.Base.Version.Created == cur.EndedBorn && c.Ours.expiry > cur.Now
 }
 
 // merges reports whether the commit cannot be stored as it is.
 func (c *Commit) merges(cur commit.State) bool {
-	switch {
-	case c.Base == nil, c.Base.Image == nil && cur.Value == nil:
+	if c.Base == nil || c.Base.Image == nil && cur.Value == nil {
 		return false
 	}
 	return cur.Value == nil || c.reborn(cur) || c.Base.Image == nil || cur.Rev == 0 || cur.Rev != c.Base.Rev
@@ -85,7 +102,7 @@ func goneError(cur commit.State) error {
 }
 
 // merged merges the commit into theirs. What does not decode is a conflict.
-func (c *Commit) merged(theirs *Image) (*Image, error) {
+func (c *Commit) merged(theirs *Image, now record.Millis) (*Image, error) {
 	var b *Contents
 	if c.Base.Image != nil {
 		var err error
@@ -103,41 +120,38 @@ func (c *Commit) merged(theirs *Image) (*Image, error) {
 		return nil, err
 	}
 	expiry := c.expiry(b, o, t, m, theirs.expiry)
-	if m == t && (expiry == theirs.expiry || c.withinTouch(theirs.expiry, expiry)) {
+	if m == t && (expiry == theirs.expiry || c.withinTouch(theirs.expiry, expiry, now)) {
 		return theirs, nil
 	}
 	return imageWith(c.Ours.codec, m, expiry)
 }
 
-// expiry merges the expiry: the side that changed the deadline decides, else the later one holds. Where both changed it,
-// a resolver has decided about the deadline, and the expiry follows.
+// expiry merges the expiry: the side whose deadline holds decides, where deadlines differ, else the later one holds.
 func (c *Commit) expiry(base, ours, theirs, merged *Contents, theirExpiry record.Millis) record.Millis {
 	moved := base != nil && !merged.deadline.Equal(base.deadline)
-	later := max(c.Ours.expiry, theirExpiry)
 	switch {
 	case !moved || theirExpiry == 0, ours.deadline.Equal(theirs.deadline):
-		return later
+		return max(c.Ours.expiry, theirExpiry)
 	case merged.deadline.Equal(ours.deadline):
 		return c.Ours.expiry
-	case merged.deadline.Equal(theirs.deadline):
-		return theirExpiry
 	}
-	return min(later, record.ToMillis(merged.deadline))
+	return theirExpiry
 }
 
-// withinTouch reports whether moving the expiry need not be written.
-func (c *Commit) withinTouch(from, to record.Millis) bool {
-	return from != 0 && to >= from && to.Since(from) < c.Touch
+// withinTouch reports whether moving the expiry need not be written: it moves by less than the touch interval, and half of
+// the life that it gives is left all the same, so that an interval above an idle timeout logs nobody out.
+func (c *Commit) withinTouch(from, to, now record.Millis) bool {
+	return from != 0 && to >= from && to.Since(from) < c.Touch && to.Since(from) < to.Since(now)/2
 }
 
-// Idle reports whether the commit need not be made at all: it changes nothing but the expiry, and that by less than
-// the touch interval.
-func (c *Commit) Idle() bool {
+// Idle reports whether the commit need not be made at all, at the time now: it changes nothing but the expiry, and that need
+// not be written.
+func (c *Commit) Idle(now record.Millis) bool {
 	if c.Touch == 0 || c.Base == nil || c.Base.Image == nil {
 		return false
 	}
 	stored := ImageOf(c.Base.Version.Value) // nil where it was deleted since
-	return stored != nil && c.withinTouch(stored.expiry, c.Ours.expiry) && c.Base.Image.sameContents(c.Ours)
+	return stored != nil && c.withinTouch(stored.expiry, c.Ours.expiry, now) && c.Base.Image.sameContents(c.Ours)
 }
 
 // Stored returns what a request believes once its commit of ours has been stored as v: what it wrote. Where that was merged

@@ -227,17 +227,61 @@ func TestCommit_Next_Expiry(t *testing.T) {
 	}
 }
 
-func TestCommit_ExpiryFollowsTheResolvedDeadline(t *testing.T) {
-	c := &Commit{
-		Merger: Merger{Resolve: keepOurs},
-		Base:   readAt(gobImage(t, until(day(9), with()), 9000), 5),
-		Ours:   gobImage(t, until(day(1), with()), 1000),
+// The expiry is that of the side whose deadline holds.
+func TestCommit_ExpiryFollowsTheDeadline(t *testing.T) {
+	for _, ours := range []int{1, 3} {
+		c := &Commit{
+			Base: readAt(gobImage(t, until(day(9), with()), 9000), 5),
+			Ours: gobImage(t, until(day(ours), with()), record.Millis(1000*ours)),
+		}
+		got, err := next(t, c, at(gobImage(t, until(day(2), with()), 2000), 7))
+		if err != nil {
+			t.Fatal(err)
+		}
+		later := max(ours, 2)
+		wantImage(t, got, until(day(later), with()), record.Millis(1000*later))
 	}
-	got, err := next(t, c, at(gobImage(t, until(day(2), with()), 2000), 7))
-	if err != nil {
-		t.Fatal(err)
+}
+
+// A session that has ended since it was read goes on with the commit, if nobody has deleted or replaced it.
+func TestCommit_Next_Ended(t *testing.T) {
+	base := gobImage(t, with("a", 1), 5000)
+	ours := gobImage(t, with("a", 1, "b", 2), 9000)
+	read := &Read{Image: base, Rev: 5, Version: &record.Version{Rev: 5, Created: 3, Value: base}}
+	state := func(ended *Image, born int64) commit.State {
+		return commit.State{Ended: valueOf(ended), EndedBorn: born, Rev: 5, Born: -1, Now: 6000}
 	}
-	wantImage(t, got, until(day(1), with()), 1000)
+	w, err := (&Commit{Base: read, Ours: ours}).Next(state(base, 3))
+	if ImageOf(w.Value) != ours || !w.Renews || err != nil {
+		t.Errorf("as it was read: %+v, %v", w, err)
+	}
+	touched := state(gobImage(t, with("a", 1, "c", 3), 5500), 3)
+	touched.Rev = 6
+	w, err = (&Commit{Base: read, Ours: ours}).Next(touched)
+	if err != nil || !w.Renews {
+		t.Fatalf("changed before it ended: %+v, %v", w, err)
+	}
+	wantImage(t, ImageOf(w.Value), with("a", 1, "b", 2, "c", 3), 9000)
+	if _, err := (&Commit{Base: read, Ours: ours}).Next(state(base, 4)); !errors.Is(err, ErrGone) {
+		t.Errorf("replaced, and that has ended: %v", err)
+	}
+	if _, err := (&Commit{Base: read, Ours: ours}).Next(state(nil, 0)); !errors.Is(err, ErrGone) {
+		t.Errorf("deleted: %v", err)
+	}
+	if w, err := (&Commit{Ours: ours}).Next(state(base, 3)); err != nil || w.Renews {
+		t.Errorf("not read: %+v, %v; want a session of its own", w, err)
+	}
+}
+
+// A touch is written when half of the life that it gives is over, however long the interval.
+func TestCommit_Idle_HalfOfTheLife(t *testing.T) {
+	base := gobImage(t, with("a", 1), 20_000) // written at 10 000, for 10 s
+	for now, want := range map[record.Millis]bool{10_001: true, 14_999: true, 15_000: false, 19_999: false} {
+		c := &Commit{Base: stored(base, 5), Ours: gobImage(t, with("a", 1), now+10_000), Touch: time.Hour}
+		if got := c.Idle(now); got != want {
+			t.Errorf("at %d: idle %t", now, got)
+		}
+	}
 }
 
 // A touch beside other changes: what they left stays, and within the touch interval nothing is written at all.
@@ -292,7 +336,7 @@ func TestCommit_Next_ShorterExpiry(t *testing.T) {
 	base := gobImage(t, with("a", 1), 5000)
 	ours := gobImage(t, with("a", 1), 4000)
 	c := &Commit{Base: stored(base, 5), Ours: ours, Touch: time.Hour}
-	if c.Idle() {
+	if c.Idle(0) {
 		t.Error("a shorter expiry is taken for a touch")
 	}
 	if got, err := next(t, c, at(base, 5)); got != ours || err != nil {
@@ -326,7 +370,7 @@ func TestCommit_Idle(t *testing.T) {
 		{"ours undecodable", time.Second, stored(base, 5), NewImage(scs.GobCodec{}, []byte("x"), 5001), false},
 	} {
 		c := &Commit{Base: tc.base, Ours: tc.ours, Touch: tc.interval}
-		if got := c.Idle(); got != tc.want {
+		if got := c.Idle(0); got != tc.want {
 			t.Errorf("%s: idle = %v", tc.name, got)
 		}
 	}

@@ -150,4 +150,3 @@ func TestImage_PanickingCodec(t *testing.T) {
 		t.Error("nil contents, nil error")
 	}
 }
-

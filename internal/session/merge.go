@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// DeadlineKey is the Key of a Clash that is about the session's deadline.
+// DeadlineKey stands for the session's deadline among the keys of a conflict.
 const DeadlineKey = "__deadline"
 
 // Contents is what a codec makes of a payload. It is shared between goroutines and never changed.
@@ -61,13 +61,14 @@ type Merger struct {
 
 // merge returns theirs with what changed from base to ours: a three-way merge by session key, in which the
 // deadline is one more key. Keys that changed on both sides are conflicts, also where both sides wrote the
-// same value: two requests that add one to a counter look like that. A nil base stands for a session that was
-// absent.
+// same value: two requests that add one to a counter look like that. But where a key holds a map with string keys on all
+// sides, the entries of the map are merged in the same way, and so on inside; a conflict there is one on the session's key.
+// Of two deadlines the later one holds. A nil base stands for a session that was absent.
 //
 // Neither argument is changed. Where ours changed nothing the result is theirs itself, and it is never a
 // conflict.
 func (m Merger) merge(base, ours, theirs *Contents) (*Contents, error) {
-	absent := base == nil // then both sides have set a deadline; they need not agree, the later one holds
+	absent := base == nil // then both sides have set a deadline
 	if absent {
 		base = &Contents{}
 	}
@@ -77,11 +78,7 @@ func (m Merger) merge(base, ours, theirs *Contents) (*Contents, error) {
 		return theirs, nil
 	}
 	if m.Serializable {
-		keys := changed(base, theirs)
-		if !absent && !theirs.deadline.Equal(base.deadline) {
-			keys = append(keys, DeadlineKey)
-		}
-		if len(keys) > 0 || absent {
+		if keys := differences(base, theirs, absent); len(keys) > 0 || absent {
 			return nil, newConflictError(keys)
 		}
 	}
@@ -90,60 +87,104 @@ func (m Merger) merge(base, ours, theirs *Contents) (*Contents, error) {
 	if merged.values == nil {
 		merged.values = make(map[string]any, len(changes))
 	}
-	var clashes []clash
+	if (absent || moved) && (ours.deadline.After(theirs.deadline) || theirs.deadline.Equal(base.deadline)) {
+		merged.deadline = ours.deadline
+	}
+	var clashes []Clash
 	for _, key := range changes {
 		b, o, t := base.at(key), ours.at(key), theirs.at(key)
-		if t.equal(b) {
-			merged.set(key, o)
-			continue
+		if v, ok := mergeValues(b, o, t); ok {
+			merged.set(key, v)
+		} else {
+			clashes = append(clashes, Clash{Key: key, Base: b.v, Ours: o.v, Theirs: t.v})
 		}
-		clashes = append(clashes, clash{
-			Clash{Key: key, Base: b.v, Ours: o.v, Theirs: t.v},
-			func(v any) bool {
-				merged.set(key, value{v, v != nil})
-				return true
-			},
-		})
-	}
-	switch {
-	case absent:
-		if ours.deadline.After(theirs.deadline) {
-			merged.deadline = ours.deadline
-		}
-	case moved && theirs.deadline.Equal(base.deadline):
-		merged.deadline = ours.deadline
-	case moved:
-		clashes = append(clashes, clash{
-			Clash{Key: DeadlineKey, Base: base.deadline, Ours: ours.deadline, Theirs: theirs.deadline},
-			func(v any) (ok bool) { merged.deadline, ok = v.(time.Time); return ok },
-		})
 	}
 	return merged, m.resolve(clashes, merged)
 }
 
-// clash is a conflict and where its resolution goes. A session cannot be without a deadline, so that one
-// refuses what is not a time.
-type clash struct {
-	Clash
-	settle func(v any) bool
+// differences returns the keys that others have changed, the deadline included.
+func differences(base, theirs *Contents, absent bool) []string {
+	keys := changed(base, theirs)
+	if !absent && !theirs.deadline.Equal(base.deadline) {
+		keys = append(keys, DeadlineKey)
+	}
+	return keys
+}
+
+// mergeValues merges the value of one key that ours has changed. It reports false where theirs has changed it, too, and they
+// are not maps, or conflict inside.
+func mergeValues(base, ours, theirs value) (value, bool) {
+	if theirs.equal(base) {
+		return ours, true
+	}
+	if !base.present || !ours.present || !theirs.present {
+		return value{}, false
+	}
+	m, ok := mergeMaps(reflect.ValueOf(base.v), reflect.ValueOf(ours.v), reflect.ValueOf(theirs.v))
+	if !ok {
+		return value{}, false
+	}
+	return value{m.Interface(), true}, true
+}
+
+// mergeMaps merges the entries of maps with string keys. It reports false where they are none, or conflict.
+func mergeMaps(base, ours, theirs reflect.Value) (reflect.Value, bool) {
+	if !base.IsValid() || base.Kind() != reflect.Map || base.Type().Key().Kind() != reflect.String ||
+		!ours.IsValid() || ours.Type() != base.Type() || !theirs.IsValid() || theirs.Type() != base.Type() {
+		return reflect.Value{}, false
+	}
+	merged := reflect.MakeMapWithSize(base.Type(), theirs.Len())
+	for _, key := range theirs.MapKeys() {
+		merged.SetMapIndex(key, theirs.MapIndex(key))
+	}
+	for _, key := range slices.Concat(ours.MapKeys(), base.MapKeys()) { // those of both twice, to the same effect
+		b, o, t := entry(base, key), entry(ours, key), entry(theirs, key)
+		if o.equal(b) {
+			continue
+		}
+		v, ok := mergeValues(b, o, t)
+		if !ok {
+			return reflect.Value{}, false
+		}
+		merged.SetMapIndex(key, v.reflected(base.Type().Elem()))
+	}
+	return merged, true
+}
+
+// entry returns what a map holds under a key.
+func entry(m, key reflect.Value) value {
+	v := m.MapIndex(key)
+	if !v.IsValid() {
+		return value{}
+	}
+	return value{v.Interface(), true}
+}
+
+// reflected returns v as an element of a map, the zero Value for none.
+func (a value) reflected(elem reflect.Type) reflect.Value {
+	switch {
+	case !a.present:
+		return reflect.Value{}
+	case a.v == nil:
+		return reflect.Zero(elem)
+	}
+	return reflect.ValueOf(a.v)
 }
 
 // resolve lets the resolver decide the clashes.
-func (m Merger) resolve(clashes []clash, merged *Contents) error {
+func (m Merger) resolve(clashes []Clash, merged *Contents) error {
 	var undecided []string
 	for _, c := range clashes {
 		if m.Resolve == nil {
 			undecided = append(undecided, c.Key)
 			continue
 		}
-		v, err := m.Resolve(c.Clash)
+		v, err := m.Resolve(c)
 		if err != nil {
 			return ApplicationError{err}
 		}
 		merged.raw = true
-		if !c.settle(v) {
-			undecided = append(undecided, c.Key)
-		}
+		merged.set(c.Key, value{v, v != nil})
 	}
 	if len(undecided) > 0 {
 		return newConflictError(undecided)
@@ -181,7 +222,7 @@ func (m Merger) CarryOver(base, ours, theirs *Image) *Image {
 		return ours
 	}
 	lenient := Merger{Resolve: func(c Clash) (any, error) {
-		if m.Resolve != nil && c.Key != DeadlineKey {
+		if m.Resolve != nil {
 			if v, err := m.Resolve(c); err == nil {
 				return v, nil
 			}

@@ -226,15 +226,14 @@ func TestMerger_Merge_NilBase(t *testing.T) {
 	}
 }
 
-// The deadline is one more key, which cannot be removed.
+// Of two deadlines the later one holds.
 func TestMerger_Merge_Deadline(t *testing.T) {
-	resolved := func(v any) resolver { return func(Clash) (any, error) { return v, nil } }
 	local := time.FixedZone("elsewhere", 3600)
 	for _, tc := range []struct {
 		name               string
 		base, ours, theirs time.Time
 		resolver           resolver
-		want               time.Time // zero: a conflict
+		want               time.Time
 	}{
 		{"nobody", day(0), day(0), day(0), nil, day(0)},
 		{"ours", day(0), day(1), day(0), nil, day(1)},
@@ -243,26 +242,19 @@ func TestMerger_Merge_Deadline(t *testing.T) {
 		{"theirs, earlier", day(1), day(1), day(0), nil, day(0)},
 		{"another zone is no change", day(0), day(0).In(local), day(1), nil, day(1)},
 		{"another zone is no change of theirs", day(0), day(1), day(0).In(local), nil, day(1)},
-		{"both", day(0), day(1), day(2), nil, time.Time{}},
-		{"both, equal", day(0), day(1), day(1), nil, time.Time{}},
-		{"both, keepOurs", day(0), day(1), day(2), keepOurs, day(1)},
-		{"both, keepTheirs", day(0), day(1), day(2), keepTheirs, day(2)},
-		{"both, another", day(0), day(1), day(2), resolved(day(3)), day(3)},
-		{"both, removed", day(0), day(1), day(2), resolved(nil), time.Time{}},
-		{"both, no time", day(0), day(1), day(2), resolved("tomorrow"), time.Time{}},
+		{"both, theirs later", day(0), day(1), day(2), neverAsked(t), day(2)},
+		{"both, ours later", day(0), day(2), day(1), neverAsked(t), day(2)},
+		{"both, equal", day(0), day(1), day(1), neverAsked(t), day(1)},
+		{"both, earlier than before", day(5), day(1), day(2), neverAsked(t), day(2)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			// A value of theirs comes along, and must arrive, in every case.
 			base, ours, theirs := until(tc.base, with("k", 1)), until(tc.ours, with("k", 1)), until(tc.theirs, with("k", 2))
 			got, err := merger(snapshot, tc.resolver).merge(base, ours, theirs)
-			switch {
-			case tc.want.IsZero():
-				wantConflict(t, err, DeadlineKey)
-			case err != nil:
-				t.Error(err)
-			default:
-				wantContents(t, got, until(tc.want, with("k", 2)))
+			if err != nil {
+				t.Fatal(err)
 			}
+			wantContents(t, got, until(tc.want, with("k", 2)))
 
 			got, err = merger(serializable, neverAsked(t)).merge(base, ours, theirs)
 			switch {
@@ -315,33 +307,29 @@ func TestMerger_Merge_ManyKeys(t *testing.T) {
 	theirs := until(day(2), with("a", 3, "b", 3, "c", 1, "z", 3))       // changed a and b, removed d and e, added z
 
 	_, err := Merger{}.merge(base, ours, theirs)
-	wantConflict(t, err, DeadlineKey, "a", "d", "e", "z")
+	wantConflict(t, err, "a", "d", "e", "z")
 
 	asked := make(map[string]Clash)
 	var order []string // sorted, so that the same resolver's error comes first each time
 	got, err := Merger{Resolve: func(c Clash) (any, error) {
 		asked[c.Key] = c
 		order = append(order, c.Key)
-		if c.Key == DeadlineKey {
-			return day(9), nil
-		}
 		return "resolved " + c.Key, nil
 	}}.merge(base, ours, theirs)
 	if err != nil {
 		t.Fatal(err)
 	}
-	wantContents(t, got, until(day(9), with("a", "resolved a", "b", 3, "c", 2, "d", "resolved d", "e", "resolved e", "z", "resolved z")))
+	wantContents(t, got, until(day(2), with("a", "resolved a", "b", 3, "c", 2, "d", "resolved d", "e", "resolved e", "z", "resolved z")))
 	want := map[string]Clash{
-		"a":         {"a", 1, 2, 3},
-		"d":         {"d", 1, 2, nil},
-		"e":         {"e", 1, nil, nil},
-		"z":         {"z", nil, 2, 3},
-		DeadlineKey: {DeadlineKey, day(0), day(1), day(2)},
+		"a": {"a", 1, 2, 3},
+		"d": {"d", 1, 2, nil},
+		"e": {"e", 1, nil, nil},
+		"z": {"z", nil, 2, 3},
 	}
 	if !maps.Equal(asked, want) {
 		t.Errorf("the resolver was asked\n%v, want\n%v", asked, want)
 	}
-	if want := []string{"a", "d", "e", "z", DeadlineKey}; !slices.Equal(order, want) {
+	if want := []string{"a", "d", "e", "z"}; !slices.Equal(order, want) {
 		t.Errorf("the resolver was asked about %q, want the order %q", order, want)
 	}
 
@@ -545,9 +533,13 @@ func FuzzMerge(f *testing.F) {
 		weChanged, theyChanged := differ(base, ours), differ(base, theirs)
 		var both []string
 		for key := range weChanged {
-			if theyChanged[key] {
+			if theyChanged[key] && key != DeadlineKey {
 				both = append(both, key)
 			}
+		}
+		later := theirs.deadline
+		if ours.deadline.After(later) {
+			later = ours.deadline
 		}
 		slices.Sort(both)
 		if len(both) == 0 {
@@ -580,6 +572,8 @@ func FuzzMerge(f *testing.F) {
 			for key := range tc.changed {
 				v, ok := tc.first.values[key]
 				switch {
+				case key == DeadlineKey && weChanged[key] && theyChanged[key]:
+					want.deadline = later
 				case key == DeadlineKey:
 					want.deadline = tc.first.deadline
 				case ok:
@@ -595,4 +589,87 @@ func FuzzMerge(f *testing.F) {
 			t.Error("merge changed what it was given")
 		}
 	})
+}
+
+// fuzzMap makes a map of bytes: each sets an entry, to a number or to a map, or removes it.
+func fuzzMap(b []byte) map[string]any {
+	m := map[string]any{}
+	for _, x := range b {
+		key, v := string(rune('a'+x%4)), int(x/4%4)
+		inner, isMap := m[key].(map[string]any)
+		switch {
+		case x >= 128 && isMap:
+			inner[string(rune('a'+v))] = int(x / 16)
+		case x >= 128:
+			m[key] = map[string]any{string(rune('a' + v)): int(x / 16)}
+		case v == 0:
+			delete(m, key)
+		default:
+			m[key] = v
+		}
+	}
+	return m
+}
+
+// The entries of a map are merged as the keys of a session are, and a conflict inside is one on the map's key.
+func FuzzMergeMaps(f *testing.F) {
+	f.Add([]byte{}, []byte{}, []byte{})
+	f.Add([]byte{4, 5}, []byte{4, 5, 10}, []byte{4, 5, 15})
+	f.Add([]byte{4}, []byte{8}, []byte{12})
+	f.Add([]byte{128, 133}, []byte{128, 133, 140}, []byte{128, 133, 136})
+	f.Add([]byte{128}, []byte{160}, []byte{192})
+	f.Fuzz(func(t *testing.T, b, o, th []byte) {
+		outer := func(m map[string]any) *Contents { return with("m", m, "n", 1) }
+		inner := func(m map[string]any) *Contents { return &Contents{deadline: day0, values: m} }
+		want, wantErr := Merger{}.merge(inner(fuzzMap(b)), inner(fuzzMap(o)), inner(fuzzMap(th)))
+		base, ours, theirs := outer(fuzzMap(b)), outer(fuzzMap(o)), outer(fuzzMap(th))
+		got, err := Merger{}.merge(base, ours, theirs)
+		switch {
+		case wantErr != nil:
+			wantConflict(t, err, "m")
+		case err != nil:
+			t.Fatalf("merge(%v, %v, %v): %v, and entry by entry %v", base, ours, theirs, err, want)
+		default:
+			wantContents(t, got, outer(want.values))
+		}
+		if !reflect.DeepEqual(base, outer(fuzzMap(b))) || !reflect.DeepEqual(ours, outer(fuzzMap(o))) ||
+			!reflect.DeepEqual(theirs, outer(fuzzMap(th))) {
+			t.Error("merge changed what it was given")
+		}
+	})
+}
+
+// Maps of any type with string keys are merged, where all sides have one of the same type; others are values.
+func TestMerger_Merge_Maps(t *testing.T) {
+	type id string
+	for name, tc := range map[string]struct {
+		base, ours, theirs any
+		want               any // nil: a conflict
+	}{
+		"of numbers":        {map[string]int{"a": 1}, map[string]int{"a": 1, "b": 2}, map[string]int{"a": 3}, map[string]int{"a": 3, "b": 2}},
+		"of own keys":       {map[id]int{}, map[id]int{"b": 2}, map[id]int{"a": 1}, map[id]int{"a": 1, "b": 2}},
+		"removed":           {map[string]int{"a": 1, "b": 2}, map[string]int{"b": 2}, map[string]int{"a": 1}, map[string]int{}},
+		"nil at first":      {map[string]int(nil), map[string]int{"b": 2}, map[string]int{"a": 1}, map[string]int{"a": 1, "b": 2}},
+		"nil inside":        {map[string]any{}, map[string]any{"b": nil}, map[string]any{"a": 1}, map[string]any{"a": 1, "b": nil}},
+		"nested":            {map[string]any{"m": map[string]any{}}, map[string]any{"m": map[string]any{"b": 2}}, map[string]any{"m": map[string]any{"a": 1}}, map[string]any{"m": map[string]any{"a": 1, "b": 2}}},
+		"same entry":        {map[string]int{"a": 1}, map[string]int{"a": 2}, map[string]int{"a": 3}, nil},
+		"of numbers as key": {map[int]int{}, map[int]int{2: 2}, map[int]int{1: 1}, nil},
+		"another type":      {map[string]int{}, map[string]any{"b": 2}, map[string]int{"a": 1}, nil},
+		"created by both":   {nil, map[string]int{"b": 2}, map[string]int{"a": 1}, nil},
+		"slices":            {[]int{1}, []int{1, 2}, []int{1, 3}, nil},
+	} {
+		base := with()
+		if tc.base != nil {
+			base = with("k", tc.base)
+		}
+		got, err := Merger{}.merge(base, with("k", tc.ours), with("k", tc.theirs))
+		switch {
+		case tc.want == nil:
+			wantConflict(t, err, "k")
+		case err != nil:
+			t.Errorf("%s: %v", name, err)
+		default:
+			wantContents(t, got, with("k", tc.want))
+		}
+	}
 }
