@@ -8,7 +8,9 @@
 //	cli, err := clientv3.New(clientv3.Config{Endpoints: []string{"localhost:2379"}})
 //	...
 //	sessionManager := scs.New()
-//	sessionManager.Store = etcdstore.New(cli)
+//	store := etcdstore.New(cli)
+//	sessionManager.Store = store
+//	sessionManager.Codec = store.Codec()
 //	sessionManager.ErrorFunc = etcdstore.ErrorFunc
 //	http.ListenAndServe(":4000", sessionManager.LoadAndSave(mux))
 //
@@ -31,10 +33,14 @@
 //
 // # Transactions and isolation
 //
-// A request of net/http is a transaction by itself, under the context that it came with and those that scs derives from
-// it. For everything else [Begin] makes one, for a job or for a loop over all sessions (SessionManager.Iterate). Outside of
-// any a commit overwrites, as scs's contract has it. In a transaction a commit is an etcd transaction that compares the mod revision
-// that was read: optimistic concurrency control, with a three-way merge by session key where the compare fails.
+// With [EtcdStore.Codec] each copy of a session that is loaded is a transaction of its own: it carries the version that it was
+// read at, and its own commits move that. Contexts do not matter. Without the codec, or where a wrapper copies the bytes that
+// scs is given, the context tells: a request of net/http's server is a transaction by itself, under the context that it came
+// with and those that scs derives from it, and for everything else [Begin] makes one. Outside of any a commit overwrites, as
+// scs's contract has it.
+//
+// In a transaction a commit is an etcd transaction that compares the mod revision that was read: optimistic concurrency
+// control, with a three-way merge by session key where the compare fails, and within keys that hold maps.
 //
 // The default isolation is [Snapshot]. It permits write skew: of two requests that each read the key that the other
 // changes, both succeed. [WithIsolation] with [Serializable] makes that a conflict.
@@ -61,14 +67,10 @@
 //
 // # Caveats
 //
-// RenewToken and MergeSession of scs delete a session at once and commit another at the end of the request. In between,
-// and until then, an update by another request to the old session has its place in it and goes with it: what was committed
-// after the renewing request read the session is not carried over, and what is committed after the deletion fails with
-// [ErrSessionGone]. The store cannot do better, because Destroy followed by new data looks the same to it, and must never
-// inherit from the session before.
-//
-// A handler that derives a context with a cancellation of its own for session calls leaves the request's transaction with
-// it. Begin one outside of the session manager for such a handler, with [Begin].
+// RenewToken of scs deletes a session at once and commits another at the end of the request. With [EtcdStore.Codec] that is a
+// renewal: what others have committed to the old session before its deletion is carried over, and it does not heed the end
+// of the request's context. Destroy followed by new data carries nothing over. What is committed to the old session after its
+// deletion fails with [ErrSessionGone].
 //
 // scs lets a handler's body follow the page that its ErrorFunc wrote. [EtcdStore.Retry] does not.
 //
@@ -76,8 +78,8 @@
 // expired stays expired; a larger step is followed. A clock that jumps ahead hides sessions while it is wrong, and deletes
 // nothing.
 //
-// A stored session that is damaged, or of a newer version of this package, makes finds and commits of it fail. Listings
-// skip it, and it can be deleted.
+// A stored session that is damaged, or of a newer version of this package, counts as not found, and is logged once a minute at
+// most. Listings skip it, commits to it fail, and it can be deleted.
 //
 // Sessions of scs's own etcdstore are read, and stored in this package's form by the next commit. They do not say which
 // prefix is theirs: where one prefix begins with another and no separator stands in between ("scs:session:" beside

@@ -87,8 +87,33 @@ func serve(handler http.Handler) (get func(path string) string, stop func()) {
 func newManager(store *etcdstore.EtcdStore) *scs.SessionManager {
 	sessionManager := scs.New()
 	sessionManager.Store = store
+	sessionManager.Codec = store.Codec()
 	sessionManager.ErrorFunc = etcdstore.ErrorFunc
 	return sessionManager
+}
+
+// bothChange has two requests read a session before either of them writes it, and returns what the session holds of a key
+// then.
+func bothChange(sessionManager *scs.SessionManager, token, key string, first, second any) any {
+	var copies []context.Context
+	for _, value := range []any{first, second} {
+		ctx, err := sessionManager.Load(context.Background(), token)
+		if err != nil {
+			log.Fatal(err)
+		}
+		sessionManager.Put(ctx, key, value)
+		copies = append(copies, ctx)
+	}
+	for _, ctx := range copies {
+		if _, _, err := sessionManager.Commit(ctx); err != nil {
+			return err
+		}
+	}
+	ctx, err := sessionManager.Load(context.Background(), token)
+	if err != nil {
+		log.Fatal(err)
+	}
+	return sessionManager.Get(ctx, key)
 }
 
 // newSession makes a session that holds one value, and returns its token.

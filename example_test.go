@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -120,69 +119,105 @@ func ExampleEtcdStore_Update() {
 	// Output: 15
 }
 
-// A counter: what two requests added, each to what it had read, adds up.
-func ExampleWithResolver_counter() {
-	sum := func(c etcdstore.Conflict) (any, error) {
-		base, _ := c.Base.(int) // 0 where the key is absent
+// A resolver of the application's own decides what two changes of one key mean together: here, the cheaper offer holds.
+func ExampleWithResolver() {
+	cheaper := func(c etcdstore.Conflict) (any, error) {
 		ours, isInt := c.Ours.(int)
 		theirs, areInts := c.Theirs.(int)
-		if !isInt || !areInts {
+		if !isInt || !areInts { // one of them has removed it
 			return nil, etcdstore.ErrConflict
 		}
-		return ours + theirs - base, nil
+		return min(ours, theirs), nil
 	}
 
 	client, stop := startEtcd()
 	defer stop()
-	store := etcdstore.New(client, etcdstore.WithResolver(sum))
+	store := etcdstore.New(client, etcdstore.WithResolver(cheaper))
+	defer store.Close()
+	sessionManager := newManager(store)
+	token := newSession(sessionManager, "offer", 100)
+
+	fmt.Println(bothChange(sessionManager, token, "offer", 80, 90))
+	// Output: 80
+}
+
+// Each key of the session can have its own resolver. Those without one conflict.
+func ExampleByKey() {
+	client, stop := startEtcd()
+	defer stop()
+	store := etcdstore.New(client, etcdstore.WithResolver(etcdstore.ByKey(map[string]etcdstore.Resolver{
+		"visits":    etcdstore.Sum,
+		"last seen": etcdstore.Latest,
+		"flash":     etcdstore.KeepTheirs, // a message that two requests take away was shown once
+	})))
 	defer store.Close()
 	sessionManager := newManager(store)
 	token := newSession(sessionManager, "visits", 1)
 
-	first, _ := sessionManager.Load(etcdstore.Begin(context.Background()), token)
-	second, _ := sessionManager.Load(etcdstore.Begin(context.Background()), token)
-	for _, ctx := range []context.Context{first, second} {
-		sessionManager.Put(ctx, "visits", sessionManager.GetInt(ctx, "visits")+1)
-		if _, _, err := sessionManager.Commit(ctx); err != nil {
-			fmt.Println(err)
-			return
-		}
-	}
-
-	now, _ := sessionManager.Load(context.Background(), token)
-	fmt.Println(sessionManager.GetInt(now, "visits"))
-	// Output: 3
+	fmt.Println(bothChange(sessionManager, token, "visits", 2, 2))
+	fmt.Println(bothChange(sessionManager, token, "theme", "light", "dark"))
+	// Output:
+	// 3
+	// etcdstore: conflict with a concurrent request on theme
 }
 
-// A set: what either request added is in it, and what either removed is not.
-func ExampleWithResolver_set() {
-	gob.Register([]string{})
-	unite := func(c etcdstore.Conflict) (any, error) {
-		base, _ := c.Base.([]string) // nil where the key is absent
-		ours, _ := c.Ours.([]string)
-		theirs, _ := c.Theirs.([]string)
-		var set []string
-		for _, s := range slices.Concat(ours, theirs) {
-			kept := slices.Contains(ours, s) && slices.Contains(theirs, s)
-			if (kept || !slices.Contains(base, s)) && !slices.Contains(set, s) {
-				set = append(set, s)
-			}
-		}
-		return set, nil
-	}
-
+// A counter that two requests have added to counts both.
+func ExampleSum() {
 	client, stop := startEtcd()
 	defer stop()
-	store := etcdstore.New(client, etcdstore.WithResolver(unite))
+	store := etcdstore.New(client, etcdstore.WithResolver(etcdstore.Sum))
+	defer store.Close()
+	sessionManager := newManager(store)
+	token := newSession(sessionManager, "points", 10)
+
+	fmt.Println(bothChange(sessionManager, token, "points", 15, 11))
+	// Output: 16
+}
+
+// Of two stamps the later one holds, whichever request commits last.
+func ExampleLatest() {
+	client, stop := startEtcd()
+	defer stop()
+	store := etcdstore.New(client, etcdstore.WithResolver(etcdstore.Latest))
+	defer store.Close()
+	sessionManager := newManager(store)
+	token := newSession(sessionManager, "seen", "09:00")
+
+	fmt.Println(bothChange(sessionManager, token, "seen", "09:03", "09:01"))
+	// Output: 09:03
+}
+
+// A set holds what either request has added, without what either has removed.
+func ExampleUnion() {
+	gob.Register([]string{})
+	client, stop := startEtcd()
+	defer stop()
+	store := etcdstore.New(client, etcdstore.WithResolver(etcdstore.Union))
 	defer store.Close()
 	sessionManager := newManager(store)
 	token := newSession(sessionManager, "cart", []string{"apple", "bread"})
 
-	first, _ := sessionManager.Load(etcdstore.Begin(context.Background()), token)
-	second, _ := sessionManager.Load(etcdstore.Begin(context.Background()), token)
-	sessionManager.Put(first, "cart", []string{"apple", "bread", "cheese"})
-	sessionManager.Put(second, "cart", []string{"bread", "dates"})
-	for _, ctx := range []context.Context{first, second} {
+	fmt.Println(bothChange(sessionManager, token, "cart", []string{"apple", "bread", "cheese"}, []string{"bread", "dates"}))
+	// Output: [bread cheese dates]
+}
+
+// With the store's codec, commits are validated whatever becomes of contexts: here two copies of a session are loaded under
+// contexts that have nothing to do with a request.
+func ExampleEtcdStore_Codec() {
+	client, stop := startEtcd()
+	defer stop()
+	store := etcdstore.New(client)
+	defer store.Close()
+	sessionManager := scs.New()
+	sessionManager.Store = store
+	sessionManager.Codec = store.Codec()
+	token := newSession(sessionManager, "user", "alice")
+
+	tab, _ := sessionManager.Load(context.Background(), token)
+	other, _ := sessionManager.Load(context.Background(), token)
+	sessionManager.Put(tab, "theme", "dark")
+	sessionManager.Put(other, "language", "en")
+	for _, ctx := range []context.Context{tab, other} {
 		if _, _, err := sessionManager.Commit(ctx); err != nil {
 			fmt.Println(err)
 			return
@@ -190,8 +225,50 @@ func ExampleWithResolver_set() {
 	}
 
 	now, _ := sessionManager.Load(context.Background(), token)
-	fmt.Println(sessionManager.Get(now, "cart"))
-	// Output: [bread dates cheese]
+	fmt.Println(sessionManager.GetString(now, "theme"), sessionManager.GetString(now, "language"))
+	// Output: dark en
+}
+
+// A JSON API answers what goes wrong as JSON, and nothing besides: in the session manager's ErrorFunc, and where Retry
+// answers. It tells a client whose session was revoked that nothing was saved.
+func ExampleWithErrorFunc() {
+	answer := func(w http.ResponseWriter, r *http.Request, err error) {
+		if etcdstore.WillRetry(r) {
+			return // the handler runs again, or Retry answers
+		}
+		status, text := http.StatusServiceUnavailable, "try again later"
+		switch {
+		case errors.Is(err, etcdstore.ErrConflict):
+			status, text = http.StatusConflict, "changed in another tab"
+		case errors.Is(err, etcdstore.ErrSessionGone):
+			status, text = http.StatusUnauthorized, "logged out; nothing was saved"
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(status)
+		_ = json.NewEncoder(w).Encode(map[string]string{"error": text})
+	}
+
+	client, stop := startEtcd()
+	defer stop()
+	store := etcdstore.New(client, etcdstore.WithErrorFunc(answer))
+	defer store.Close()
+	sessionManager := newManager(store)
+	sessionManager.ErrorFunc = answer
+	mux := http.NewServeMux()
+	mux.HandleFunc("/login", func(_ http.ResponseWriter, r *http.Request) { sessionManager.Put(r.Context(), "n", 1) })
+	mux.HandleFunc("/busy", func(_ http.ResponseWriter, r *http.Request) { // each run loses against another request
+		sessionManager.Put(r.Context(), "n", 2)
+		_ = store.Update(context.Background(), sessionManager.Token(r.Context()), func(values map[string]any) error {
+			values["n"] = values["n"].(int) + 1
+			return nil
+		})
+	})
+	get, stopServer := serve(store.Retry(sessionManager.LoadAndSave(mux)))
+	defer stopServer()
+
+	get("/login")
+	fmt.Print(get("/busy"))
+	// Output: {"error":"changed in another tab"}
 }
 
 // Under Serializable a commit that is based on anything but the session as it is fails. Here both requests look at the

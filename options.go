@@ -67,7 +67,7 @@ func WithResolver(r Resolver) Option {
 
 // WithTouchInterval makes the store skip commits that change no value and would move the session's expiry by
 // less than d, as scs makes them on every request with an idle timeout. The session may then expire up to d
-// before its idle timeout says. The default, 0, writes every touch.
+// before its idle timeout says, but no earlier than after half of it. The default, 0, writes every touch.
 func WithTouchInterval(d time.Duration) Option {
 	return func(o *options) { o.touch = max(d, 0) }
 }

@@ -234,6 +234,9 @@ func (w *run) lostBy(answer bool) bool {
 		if errors.Is(err, ErrSessionGone) && !errors.Is(err, ErrConflict) {
 			return false // there is nothing to save, and the response passes
 		}
+		if w.path.consumed() {
+			err = fmt.Errorf("%w; Retry stands inside of a router that cannot route again: put it around the router", err)
+		}
 		w.lose(token, err, true)
 	default:
 		w.lose(token, err, false)

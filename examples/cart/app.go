@@ -58,7 +58,7 @@ func newApp(number int, endpoints []string, d *demo) (*app, error) {
 	a := &app{number: number, origin: d.origins[number-1], demo: d, client: client}
 	a.store = etcdstore.New(client, etcdstore.WithResolver(sumCounts))
 	a.sessions = newSessions("cart", a.store)
-	a.sessions.ErrorFunc = etcdstore.ErrorFunc
+	a.sessions.Codec, a.sessions.ErrorFunc = a.store.Codec(), etcdstore.ErrorFunc
 	a.racers = newRacers(a)
 	a.protect = http.NewCrossOriginProtection()
 	for _, origin := range d.origins {

@@ -59,11 +59,11 @@ func (c *Commit) Next(cur commit.State) (commit.Write, error) {
 	if err != nil {
 		return commit.Write{}, err
 	}
-	if w.Renews && merged == theirs {
-		merged = c.Ours // which has not ended
+	if w.Renews { // its own expiry decides
+		merged, err = merged.until(max(merged.expiry, c.Ours.expiry))
 	}
 	w.Value = valueOf(merged)
-	return w, nil
+	return w, err
 }
 
 // Direct implements commit.Change: only a merge decodes.

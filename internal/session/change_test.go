@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/alexedwards/scs/v2"
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/seed210be38d/etcdstore/internal/commit"
 	"github.com/seed210be38d/etcdstore/internal/record"
@@ -35,7 +37,7 @@ func next(t *testing.T, c commit.Change, cur commit.State) (*Image, error) {
 	return i, err
 }
 
-// fromApplication returns the error of the application's code that a call returns for err, nil for none.
+// fromApplication returns the application's error that a call returns for err, nil for none.
 func fromApplication(err error) error {
 	var app ApplicationError
 	if !errors.As(err, &app) {
@@ -46,7 +48,9 @@ func fromApplication(err error) error {
 
 func TestCommit_Next(t *testing.T) {
 	// What is in etcd, and what the commit wants, is undecodable where the commit must not look at it.
-	opaque := func(expiry record.Millis) *Image { return NewImage(scs.GobCodec{}, []byte("opaque"), expiry) }
+	opaque := func(expiry record.Millis) *Image {
+		return NewImage(scs.GobCodec{}, []byte("opaque"), expiry)
+	}
 	ourOpaque := opaque(1000)
 	mine := gobImage(t, with("a", 2, "b", 1), 1000)
 	seen := gobImage(t, with("a", 1, "b", 1), 1000)
@@ -164,6 +168,56 @@ func TestCommit_Next(t *testing.T) {
 	}
 }
 
+// A session that was deleted, and made anew under its token, is not the one that was read, also
+// where the commit would merge with it, or is of its very revision.
+func TestCommit_Next_Reborn(t *testing.T) {
+	base := readAt(gobImage(t, with("a", 1), 1000), 5)
+	base.Version = &record.Version{Created: 5}
+	c := &Commit{Base: base, Ours: gobImage(t, with("a", 2), 1000)}
+	for _, rev := range []int64{0, 5, 7} {
+		for _, born := range []int64{-1, 5, 6} {
+			cur := at(gobImage(t, with("a", 1, "b", 1), 1000), rev)
+			cur.Born = born
+			got, err := next(t, c, cur)
+			if gone := errors.Is(err, ErrGone); gone != (born != 5) || gone != (got == nil) {
+				t.Errorf("at %d, born at %d: next = %v, %v", rev, born, got, err)
+			}
+		}
+	}
+}
+
+// What is there and cannot be read is not said to be gone.
+func TestChange_Next_Unreadable(t *testing.T) {
+	cur := commit.State{Rev: 7, Err: ErrCorrupt}
+	for _, c := range []commit.Change{
+		&Commit{Base: readAt(gobImage(t, with("a", 1), 1000), 5), Ours: gobImage(t, with(), 1000)},
+		&Update{Fn: func(map[string]any) error { t.Error("fn ran"); return nil }},
+	} {
+		got, err := next(t, c, cur)
+		if got != nil || !errors.Is(err, ErrCorrupt) || errors.Is(err, ErrGone) {
+			t.Errorf("next = %v, %v; want ErrCorrupt", got, err)
+		}
+	}
+}
+
+// What is merged is written on the same condition as what is stored as it is.
+func TestCommit_Next_If(t *testing.T) {
+	own := errors.New("no")
+	c := &Commit{
+		Base: readAt(gobImage(t, with("a", 1), 1000), 5),
+		Ours: gobImage(t, with("a", 2), 1000),
+		If: []commit.Precondition{
+			{Cmp: clientv3.Compare(clientv3.Version("b"), "=", 1), Err: own},
+		},
+	}
+	for _, rev := range []int64{5, 7} {
+		w, err := c.Next(at(gobImage(t, with("a", 1), 1000), rev))
+		if err != nil || len(w.If) != 1 || w.If[0].Err != own { //nolint:errorlint // the very same
+			t.Errorf("at %d: next = %+v, %v", rev, w, err)
+		}
+	}
+}
+
 // The isolation level and the resolver of a commit reach the merge.
 func TestCommit_Next_Options(t *testing.T) {
 	base := readAt(gobImage(t, with("a", 1, "b", 1), 1000), 5)
@@ -216,7 +270,8 @@ func TestCommit_Next_Expiry(t *testing.T) {
 			if tc.base != absent {
 				base = readAt(gobImage(t, until(day(tc.base.deadline), with()), tc.base.expiry), 5)
 			}
-			c := &Commit{Base: base, Ours: gobImage(t, until(day(tc.ours.deadline), with("a", 1)), tc.ours.expiry)}
+			ours := gobImage(t, until(day(tc.ours.deadline), with("a", 1)), tc.ours.expiry)
+			c := &Commit{Base: base, Ours: ours}
 			theirs := gobImage(t, until(day(tc.theirs.deadline), with("b", 1)), tc.theirs.expiry)
 			got, err := next(t, c, at(theirs, 7))
 			if err != nil {
@@ -262,6 +317,17 @@ func TestCommit_Next_Ended(t *testing.T) {
 		t.Fatalf("changed before it ended: %+v, %v", w, err)
 	}
 	wantImage(t, ImageOf(w.Value), with("a", 1, "b", 2, "c", 3), 9000)
+	// A touch of a session that others have changed, deadline and all, before it ended: what they left, for longer.
+	others := state(gobImage(t, until(day(1), with("a", 2, "c", 3)), 5500), 3)
+	others.Rev = 6
+	w, err = (&Commit{Base: read, Ours: gobImage(t, with("a", 1), 9000)}).Next(others)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantImage(t, ImageOf(w.Value), until(day(1), with("a", 2, "c", 3)), 9000)
+	if _, err := (&Commit{Base: read, Ours: gobImage(t, with("a", 1), 5900)}).Next(state(base, 3)); !errors.Is(err, ErrGone) {
+		t.Errorf("a commit that has ended by itself: %v", err)
+	}
 	if _, err := (&Commit{Base: read, Ours: ours}).Next(state(base, 4)); !errors.Is(err, ErrGone) {
 		t.Errorf("replaced, and that has ended: %v", err)
 	}
@@ -436,9 +502,11 @@ func TestCommit_Next_Codecs(t *testing.T) {
 			ourValues["ours"], theirValues["theirs"] = tc.ours, tc.theirs
 			wantValues["ours"], wantValues["theirs"] = tc.ours, tc.theirs
 
-			base := encodedImage(t, tc.codec, &Contents{deadline: day0, values: tc.shared}, 1000)
-			c := &Commit{Base: readAt(base, 5), Ours: encodedImage(t, tc.codec, &Contents{deadline: day0, values: ourValues}, 1000)}
-			got, err := next(t, c, at(encodedImage(t, tc.codec, &Contents{deadline: day0, values: theirValues}, 1000), 6))
+			encoded := func(values map[string]any) *Image {
+				return encodedImage(t, tc.codec, &Contents{deadline: day0, values: values}, 1000)
+			}
+			c := &Commit{Base: readAt(encoded(tc.shared), 5), Ours: encoded(ourValues)}
+			got, err := next(t, c, at(encoded(theirValues), 6))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -451,7 +519,7 @@ func TestCommit_Next_Codecs(t *testing.T) {
 				t.Fatal(err)
 			}
 			// What is wanted went through the codec as well: JSON's numbers are all float64.
-			want, err := encodedImage(t, tc.codec, &Contents{deadline: day0, values: wantValues}, 1000).Contents()
+			want, err := encoded(wantValues).Contents()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -591,7 +659,8 @@ func TestUpdate_Next_Undecodable(t *testing.T) {
 // What is written under an expiry that is not known would be deleted, or never expire.
 func TestUpdate_Next_ExpiryNotKnown(t *testing.T) {
 	u := &Update{Fn: func(map[string]any) error { t.Error("fn ran"); return nil }}
-	if got, err := next(t, u, at(gobImage(t, with("a", 1), 0), 7)); got != nil || !errors.Is(err, ErrBareExpiry) {
+	got, err := next(t, u, at(gobImage(t, with("a", 1), 0), 7))
+	if got != nil || !errors.Is(err, ErrBareExpiry) {
 		t.Errorf("next = %v, %v; want ErrBareExpiry", got, err)
 	}
 }
@@ -611,7 +680,8 @@ func TestChange_Next_Fold(t *testing.T) {
 	base := gobImage(t, with("n", 0), 1000)
 	sum := func(c Clash) (any, error) { return c.Ours.(int) + c.Theirs.(int) - c.Base.(int), nil }
 	increment := func() commit.Change {
-		return &Commit{Merger: Merger{Resolve: sum}, Base: readAt(base, 5), Ours: gobImage(t, with("n", 1), 1000)}
+		ours := gobImage(t, with("n", 1), 1000)
+		return &Commit{Merger: Merger{Resolve: sum}, Base: readAt(base, 5), Ours: ours}
 	}
 	cur := at(base, 5)
 	run := func(c commit.Change) {
@@ -631,5 +701,120 @@ func TestChange_Next_Fold(t *testing.T) {
 	run(commit.Delete{})
 	if _, err := next(t, increment(), cur); !errors.Is(err, ErrGone) {
 		t.Errorf("after a delete: %v, want ErrGone", err)
+	}
+}
+
+// counting is a codec that counts its calls.
+type counting struct {
+	scs.GobCodec
+	calls int
+}
+
+func (c *counting) Encode(deadline time.Time, values map[string]any) ([]byte, error) {
+	c.calls++
+	return c.GobCodec.Encode(deadline, values)
+}
+
+func (c *counting) Decode(b []byte) (time.Time, map[string]any, error) {
+	c.calls++
+	return c.GobCodec.Decode(b)
+}
+
+// states returns what a change may start from: nothing, what cannot be read, and a session that has
+// not been decoded, there or ended, at all revisions and births that differ to a base of revision 5,
+// born at 3. They are of the time 900, or 1100.
+func (c *counting) states(payload []byte, expiry record.Millis) (states []commit.State) {
+	for _, now := range []record.Millis{900, 1100} {
+		states = append(states, commit.State{Born: -1, Now: now})
+		states = append(states, commit.State{Rev: 7, Born: -1, Err: ErrCorrupt, Now: now})
+		for _, rev := range []int64{0, 5, 7} {
+			for _, born := range []int64{-1, 3, 6} {
+				there, ended := NewImage(c, payload, expiry), NewImage(c, payload, expiry)
+				states = append(states,
+					commit.State{Value: there, Rev: rev, Born: born, Now: now},
+					commit.State{Rev: rev, Born: -1, Ended: ended, EndedBorn: born, Now: now})
+			}
+		}
+	}
+	return states
+}
+
+// A change that says that it runs none of the application's code runs none: it runs on the
+// pipeline's worker. And a commit says so wherever that is true, else it gets a goroutine for nothing.
+func TestCommit_Direct(t *testing.T) {
+	codec := &counting{}
+	payload := func(c *Contents) []byte { return gobImage(t, c, 1000).payload }
+	base, ours, theirs := payload(with("a", 1)), payload(with("a", 2)), payload(with("a", 3))
+	bases := map[string]func() *Read{ // a new one each time, of which nothing has been decoded
+		"not read":    func() *Read { return nil },
+		"deleted":     func() *Read { return &Read{} },
+		"read absent": func() *Read { return &Read{Version: &record.Version{AsOf: 4}} },
+		"read": func() *Read {
+			r := stored(NewImage(codec, base, 500), 5)
+			r.Version.Created = 3
+			return r
+		},
+		"merged": func() *Read {
+			r := stored(NewImage(codec, base, 500), 0)
+			r.Version.Created = 3
+			return r
+		},
+		"no version": func() *Read { return readAt(NewImage(codec, base, 500), 5) },
+	}
+	resolvers := map[string]resolver{"none": nil, "one": func(c Clash) (any, error) {
+		codec.calls++ // the application's code, too
+		return c.Ours, nil
+	}}
+	seen := make(map[bool]bool)
+	for name, fresh := range bases {
+		for resolver, r := range resolvers {
+			for _, level := range []isolation{snapshot, serializable} {
+				for _, cur := range codec.states(theirs, 1000) {
+					c := &Commit{
+						Merger: merger(level, r), Base: fresh(), Ours: NewImage(codec, ours, 1000),
+						Touch: time.Hour,
+					}
+					codec.calls = 0
+					direct := c.Direct(cur)
+					if codec.calls > 0 {
+						t.Fatalf("%s: Direct itself made %d calls", name, codec.calls)
+					}
+					seen[direct] = true
+					if _, err := c.Next(cur); direct != (codec.calls == 0) {
+						t.Errorf("%s, resolver %s, isolation %d, over %+v: Direct = %v, Next made %d calls (%v)",
+							name, resolver, level, cur, direct, codec.calls, err)
+					}
+				}
+			}
+		}
+	}
+	if len(seen) != 2 {
+		t.Errorf("Direct was only ever one of both: %v", seen)
+	}
+}
+
+// An update runs its function over each session; only where that is not there, it runs nothing.
+func TestUpdate_Direct(t *testing.T) {
+	codec := &counting{}
+	u := &Update{Fn: func(values map[string]any) error {
+		codec.calls++
+		values["a"] = 2
+		return nil
+	}}
+	payload := gobImage(t, with("a", 1), 1000).payload
+	for _, cur := range slices.Concat(codec.states(payload, 1000), codec.states(payload, 0)) {
+		codec.calls = 0
+		direct := u.Direct(cur)
+		if codec.calls > 0 || direct != (cur.Value == nil) {
+			t.Errorf("over %+v: Direct = %v, and made %d calls", cur, direct, codec.calls)
+		}
+		_, err := u.Next(cur)
+		if direct && codec.calls > 0 {
+			t.Errorf("over %+v: Direct, but Next made %d calls", cur, codec.calls)
+		}
+		// The expiry that is not known is rare, and need not be direct.
+		if !direct && codec.calls == 0 && !errors.Is(err, ErrBareExpiry) {
+			t.Errorf("over %+v: not Direct, but Next made no calls (%v)", cur, err)
+		}
 	}
 }

@@ -87,6 +87,15 @@ func (i *Image) Encode() ([]byte, error) {
 	return i.payload, i.encodeErr
 }
 
+// until returns the same content with another expiry.
+func (i *Image) until(expiry record.Millis) (*Image, error) {
+	payload, err := i.Encode()
+	if err != nil {
+		return nil, err
+	}
+	return NewImage(i.codec, payload, expiry), nil
+}
+
 // sameContents reports whether i and o hold the same values and deadline, as far as they decode.
 func (i *Image) sameContents(o *Image) bool {
 	a, errA := i.Contents()

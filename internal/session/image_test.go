@@ -3,6 +3,10 @@ package session
 import (
 	"encoding/gob"
 	"encoding/json"
+	"errors"
+	"runtime"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -99,7 +103,8 @@ func TestImage_ApplicationValuesPassTheCodec(t *testing.T) {
 		t.Fatal(err)
 	}
 	sum := func(c Clash) (any, error) { return c.Ours.(float64) + c.Theirs.(float64) - c.Base.(float64), nil }
-	c := &Commit{Merger: Merger{Resolve: sum}, Base: readAt(base, 5), Ours: encodedImage(t, jsonCodec{}, with("n", 2), 1000)}
+	ours := encodedImage(t, jsonCodec{}, with("n", 2), 1000)
+	c := &Commit{Merger: Merger{Resolve: sum}, Base: readAt(base, 5), Ours: ours}
 	defer func() {
 		if p := recover(); p != nil {
 			t.Error(p)
@@ -125,7 +130,8 @@ func TestImage_MonotonicTime(t *testing.T) {
 	}
 	// A request reads what Update wrote (from etcd), changes t, and commits over the image in memory with one more change.
 	seen := NewImage(scs.GobCodec{}, payload, 1000)
-	more, err := next(t, &Commit{Base: readAt(base, 5), Ours: gobImage(t, with("x", 1), 1000)}, at(made, 0))
+	ours := gobImage(t, with("x", 1), 1000)
+	more, err := next(t, &Commit{Base: readAt(base, 5), Ours: ours}, at(made, 0))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,5 +154,99 @@ func TestImage_PanickingCodec(t *testing.T) {
 	}()
 	if c, err := i.Contents(); c == nil && err == nil {
 		t.Error("nil contents, nil error")
+	}
+}
+
+// broken is a codec that does not return.
+type broken struct{ fail func() }
+
+func (b broken) Encode(time.Time, map[string]any) ([]byte, error) {
+	b.fail()
+	return nil, nil
+}
+
+func (b broken) Decode([]byte) (time.Time, map[string]any, error) {
+	b.fail()
+	return time.Time{}, nil, nil
+}
+
+// apart runs f in a goroutine of its own, and reports whether it returned.
+func apart(f func()) (returned bool) {
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		defer func() { _ = recover() }()
+		f()
+		returned = true
+	})
+	wg.Wait()
+	return returned
+}
+
+// A codec that panicked, or ended its goroutine, has made nothing, and whoever asks is told so: the
+// first call, where it returns, and those after it. What the panic said may be a session's, and is not.
+func TestImage_BrokenCodec(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		codec   broken
+		returns bool
+	}{
+		{"panics", broken{func() { panic("secret") }}, true},
+		{"ends its goroutine", broken{runtime.Goexit}, false},
+	} {
+		check := func(t *testing.T, call func() (nothing bool, err error)) {
+			t.Helper()
+			ask := func() {
+				nothing, err := call()
+				if !nothing || !errors.Is(err, errCodec) {
+					t.Errorf("nothing: %v, error: %v; want errCodec", nothing, err)
+				}
+				if err != nil && strings.Contains(err.Error(), "secret") {
+					t.Errorf("the error shows the session: %v", err)
+				}
+			}
+			if returned := apart(ask); returned != tc.returns {
+				t.Errorf("the first call returned: %v, want %v", returned, tc.returns)
+			}
+			for range 2 {
+				if !apart(ask) {
+					t.Error("a later call did not return")
+				}
+			}
+		}
+		t.Run(tc.name+"/Decode", func(t *testing.T) {
+			i := NewImage(tc.codec, []byte("opaque"), 1000)
+			check(t, func() (bool, error) {
+				c, err := i.Contents()
+				return c == nil, err
+			})
+			if b, err := i.Encode(); err != nil || string(b) != "opaque" {
+				t.Errorf("Encode = %q, %v; want the payload", b, err)
+			}
+		})
+		t.Run(tc.name+"/Encode", func(t *testing.T) {
+			i, err := imageWith(tc.codec, with("k", 1), 1000)
+			if err != nil {
+				t.Fatal(err)
+			}
+			check(t, func() (bool, error) {
+				b, err := i.Encode()
+				return b == nil, err
+			})
+			c, err := i.Contents()
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantContents(t, c, with("k", 1))
+		})
+	}
+}
+
+// What the application's code has made and the codec fails on is no image, and fails at once.
+func TestImage_BrokenCodecOfApplicationValues(t *testing.T) {
+	c := with("k", 1)
+	c.raw = true
+	i, err := imageWith(broken{func() { panic("secret") }}, c, 1000)
+	if i != nil || !errors.Is(err, errCodec) {
+		t.Errorf("image = %v, error = %v; want errCodec", i, err)
 	}
 }

@@ -221,17 +221,22 @@ func (m Merger) CarryOver(base, ours, theirs *Image) *Image {
 	if errBase != nil || errOurs != nil || errTheirs != nil {
 		return ours
 	}
+	var undecided []string
 	lenient := Merger{Resolve: func(c Clash) (any, error) {
 		if m.Resolve != nil {
 			if v, err := m.Resolve(c); err == nil {
 				return v, nil
 			}
 		}
-		return c.Ours, nil
+		undecided = append(undecided, c.Key)
+		return nil, nil
 	}}
 	merged, err := lenient.merge(b, o, t)
 	if err != nil {
 		return ours
+	}
+	for _, key := range undecided {
+		merged.set(key, o.at(key))
 	}
 	carried, err := imageWith(ours.codec, &Contents{deadline: o.deadline, values: merged.values, raw: true}, ours.expiry)
 	if err != nil {

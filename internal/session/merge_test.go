@@ -673,3 +673,37 @@ func TestMerger_Merge_Maps(t *testing.T) {
 		}
 	}
 }
+
+// A renewal never conflicts: it has what only others have changed, and where both have, what the resolver says, else its own.
+func TestMerger_CarryOver(t *testing.T) {
+	base := with("kept", 1, "theirs", 1, "ours", 1, "both", 1, "null", 1, "gone", 1)
+	ours := until(day(3), with("kept", 1, "theirs", 1, "ours", 2, "both", 2, "null", nil, "gone", 2))
+	theirs := until(day(5), with("kept", 1, "theirs", 3, "ours", 1, "both", 3, "null", 3, "new", 3))
+	carry := func(m Merger) *Image {
+		image := func(c *Contents) *Image { return encodedImage(t, jsonCodec{}, c, 1000) }
+		return m.CarryOver(image(base), image(ours), image(theirs))
+	}
+	for name, tc := range map[string]struct {
+		resolver resolver
+		want     *Contents
+	}{
+		"without a resolver": {nil, with("kept", 1.0, "theirs", 3.0, "ours", 2.0, "both", 2.0, "null", nil, "gone", 2.0, "new", 3.0)},
+		"their side":         {keepTheirs, with("kept", 1.0, "theirs", 3.0, "ours", 2.0, "both", 3.0, "null", 3.0, "new", 3.0)},
+		"one that refuses": {
+			func(Clash) (any, error) { return nil, errors.New("refused") },
+			with("kept", 1.0, "theirs", 3.0, "ours", 2.0, "both", 2.0, "null", nil, "gone", 2.0, "new", 3.0),
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := carry(Merger{Serializable: true, Resolve: tc.resolver}).Contents()
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantContents(t, got, until(day(3), tc.want))
+		})
+	}
+	opaque := NewImage(jsonCodec{}, []byte("opaque"), 1)
+	if got := (Merger{}).CarryOver(opaque, opaque, opaque); got != opaque {
+		t.Error("what does not decode was carried over")
+	}
+}

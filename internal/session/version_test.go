@@ -14,7 +14,8 @@ import (
 	"github.com/seed210be38d/etcdstore/internal/record"
 )
 
-// seal completes a trailer as every version of the format has it: its length, the checksum, the magic.
+// seal completes a trailer as every version of the format has it: its length, the checksum, the
+// magic.
 func seal(payload, fields []byte) []byte {
 	b := slices.Concat(payload, fields)
 	b = binary.BigEndian.AppendUint16(b, uint16(len(fields)+14))
@@ -42,7 +43,7 @@ func TestDecoder_Version(t *testing.T) {
 		prefix  string
 		token   string
 		value   []byte
-		is      string // what there is to be read: a whole session, one of scs's own etcdstore, or none
+		is      string // what there is to be read: a record, a session of scs's own etcdstore, or none
 		err     error
 		foreign bool
 	}{
@@ -50,7 +51,7 @@ func TestDecoder_Version(t *testing.T) {
 		{"record, odd token", prefix, "a:b", encoded(prefix), whole, nil, false},
 		{"record, no prefix", "", "abc", encoded(""), whole, nil, false},
 		{"record of a longer prefix", prefix, "1:abc", encoded(prefix + "1:"), none, ErrForeignKey, true},
-		{"record of a longer prefix, token's letters", prefix, "1abc", encoded(prefix + "1"), none, ErrForeignKey, true},
+		{"record of another prefix", prefix, "1abc", encoded(prefix + "1"), none, ErrForeignKey, true},
 		{"record of a shorter prefix", prefix, "abc", encoded("scs:"), none, ErrForeignKey, true},
 		{"bare", prefix, "Az09-_.=", []byte("payload"), bare, nil, false},
 		{"bare, empty", prefix, "abc", nil, bare, nil, false},
@@ -71,8 +72,11 @@ func TestDecoder_Version(t *testing.T) {
 			if !errors.Is(got.Err, tc.err) || got.Foreign != tc.foreign {
 				t.Errorf("error = %v, foreign = %v; want %v, %v", got.Err, got.Foreign, tc.err, tc.foreign)
 			}
-			if errors.Is(got.Err, ErrInvalidToken) != tc.foreign || (got.Unreadable() != nil) != (tc.err != nil && !tc.foreign) {
-				t.Errorf("error = %v, unreadable = %v", got.Err, got.Unreadable())
+			if errors.Is(got.Err, ErrInvalidToken) != tc.foreign {
+				t.Errorf("error = %v, foreign = %v", got.Err, tc.foreign)
+			}
+			if unreadable := tc.err != nil && !tc.foreign; (got.Unreadable() != nil) != unreadable {
+				t.Errorf("Unreadable = %v", got.Unreadable())
 			}
 			// Where it stands is known of everything: it is what a compare needs.
 			if got.Rev != 7 || got.AsOf != 11 || got.Created != 5 || got.Count != 3 || got.Lease != 9 {
@@ -84,14 +88,16 @@ func TestDecoder_Version(t *testing.T) {
 			}
 			switch tc.is {
 			case whole:
-				if string(live.payload) != "payload" || live.expiry != expiry || got.Until != leaseEnd || got.ID != id {
+				if string(live.payload) != "payload" || live.expiry != expiry ||
+					got.Until != leaseEnd || got.ID != id {
 					t.Errorf("version = %+v with %+v", got, live)
 				}
 				if got.Live(expiry) != nil || !got.Expired(expiry) {
 					t.Error("it does not end")
 				}
 			case bare:
-				if string(live.payload) != string(tc.value) || live.expiry != 0 || got.Until != 0 || got.ID != (record.WriteID{}) {
+				if string(live.payload) != string(tc.value) || live.expiry != 0 ||
+					got.Until != 0 || got.ID != (record.WriteID{}) {
 					t.Errorf("version = %+v with %+v", got, live)
 				}
 				if got.Live(record.Forever) == nil {
