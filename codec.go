@@ -293,15 +293,9 @@ type copies struct {
 	byToken map[string]map[weak.Pointer[loadedCopy]]struct{}
 }
 
-// copyKey is an entry of copies.
-type copyKey struct {
-	token string
-	copy  weak.Pointer[loadedCopy]
-}
-
 // add adds a copy, until nobody holds it any more.
 func (c *copies) add(l *loadedCopy, token string) {
-	key := copyKey{token, weak.Make(l)}
+	p := weak.Make(l)
 	c.mu.Lock()
 	if c.byToken == nil {
 		c.byToken = make(map[string]map[weak.Pointer[loadedCopy]]struct{})
@@ -309,9 +303,9 @@ func (c *copies) add(l *loadedCopy, token string) {
 	if c.byToken[token] == nil {
 		c.byToken[token] = make(map[weak.Pointer[loadedCopy]]struct{}, 1)
 	}
-	c.byToken[token][key.copy] = struct{}{}
+	c.byToken[token][p] = struct{}{}
 	c.mu.Unlock()
-	runtime.AddCleanup(l, c.forget, key)
+	runtime.AddCleanup(l, func(p weak.Pointer[loadedCopy]) { c.forget(token, p) }, p)
 }
 
 // has reports whether a session is loaded.
@@ -321,12 +315,12 @@ func (c *copies) has(token string) bool {
 	return len(c.byToken[token]) > 0
 }
 
-func (c *copies) forget(key copyKey) {
+func (c *copies) forget(token string, p weak.Pointer[loadedCopy]) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.byToken[key.token], key.copy)
-	if len(c.byToken[key.token]) == 0 {
-		delete(c.byToken, key.token)
+	delete(c.byToken[token], p)
+	if len(c.byToken[token]) == 0 {
+		delete(c.byToken, token)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/history"
 	"github.com/seed210be38d/etcdstore/internal/lease"
 	"github.com/seed210be38d/etcdstore/internal/record"
 )
@@ -39,7 +40,7 @@ type attempt struct {
 
 	since   int64           // a revision that etcd had before the first send, lately: a version up to it is not this attempt's
 	current *record.Version // what the key held when it was read last
-	window  window          // what is left to look through of the key's history
+	search  *history.Search // through the key's history
 	proof   *record.Version // the version there that the attempt has written
 	failure error           // what etcd said last, or what a precondition that does not hold means
 	refusal error           // with noSpace, what etcd refused the send with

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
 	"github.com/seed210be38d/etcdstore/internal/record"
@@ -280,6 +281,46 @@ func (p *Pipeline) read(attempts []*attempt) (last error) {
 		versions, errs = versions[n:], errs[n:]
 	}
 	return last
+}
+
+// trace takes the next look at the history of an attempt's key.
+func (p *Pipeline) trace(a *attempt, timeout time.Duration) error {
+	revs := a.search.Next(int64(p.client.BatchKeys()))
+	if len(revs) == 0 {
+		a.proof = a.search.Found()
+		p.advance(a, answer{kind: traced, relation: a.relate(a.current), found: a.proof != nil})
+		return nil
+	}
+	versions, err := p.asOf(a, revs, timeout)
+	switch {
+	case etcd.Classify(err) == etcd.TooManyOps && len(revs) > p.client.BatchKeys(): // batches have become smaller
+	case err != nil:
+		p.refuse(a, err)
+		return err
+	default:
+		a.search.See(revs, versions)
+	}
+	p.advance(a, answer{kind: continued})
+	return nil
+}
+
+// asOf reads an attempt's key as of several revisions.
+func (p *Pipeline) asOf(a *attempt, revs []int64, timeout time.Duration) ([]*record.Version, error) {
+	gets := make([]clientv3.Op, len(revs))
+	for i, rev := range revs {
+		gets[i] = clientv3.OpGet(a.queue.key, clientv3.WithRev(rev))
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), min(timeout, time.Until(a.firstDeadline())))
+	defer cancel()
+	resp, err := p.client.Send(ctx, clientv3.OpTxn(nil, gets, nil))
+	if err != nil {
+		return nil, err
+	}
+	versions := make([]*record.Version, len(revs))
+	for i, r := range resp.Txn().Responses {
+		versions[i] = p.decode(r.GetResponseRange().Kvs, revs[i])
+	}
+	return versions, nil
 }
 
 // see takes what an attempt's keys hold.

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/seed210be38d/etcdstore/internal/etcd"
+	"github.com/seed210be38d/etcdstore/internal/history"
 	"github.com/seed210be38d/etcdstore/internal/lease"
 	"github.com/seed210be38d/etcdstore/internal/record"
 )
@@ -29,7 +30,9 @@ func (p *Pipeline) enter(a *attempt, d decision) {
 	case toSeat:
 		p.leave(a)
 	case toTrace:
-		a.window = a.history()
+		a.search = history.NewSearch(history.Write{
+			Base: a.base, ID: a.record.ID, Deletes: a.kind == remove, Since: a.since,
+		}, a.current)
 	}
 }
 

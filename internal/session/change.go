@@ -147,7 +147,7 @@ func (c *Commit) withinTouch(from, to, now record.Millis) bool {
 // Idle reports whether the commit need not be made at all, at the time now: it changes nothing but the expiry, and that need
 // not be written.
 func (c *Commit) Idle(now record.Millis) bool {
-	if c.Touch == 0 || c.Base == nil || c.Base.Image == nil {
+	if c.Touch == 0 || c.Base == nil || c.Base.Image == nil || c.Base.Version == nil {
 		return false
 	}
 	stored := ImageOf(c.Base.Version.Value) // nil where it was deleted since
