@@ -8,12 +8,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/seed210be38d/etcdstore/internal/etcdfake"
 	"github.com/seed210be38d/etcdstore/internal/etcdtest"
 )
 
@@ -277,6 +279,36 @@ func TestLease_RBAC(t *testing.T) {
 			t.Errorf("%s without permission: %v", call, err)
 		}
 	}
+}
+
+// Close does not wait for an answer about each of many leases in use.
+func TestLease_CloseWithManyInUse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeEtcd()
+		s := newStore(f, nil, fakePrefix, nil)
+		const n, life = 1000, 365 * 24 * time.Hour
+		for i := range n {
+			wantErr(t, "commit", committing(t, s, fmt.Sprint(i), life)(), nil)
+			time.Sleep(life/4 + time.Second) // the lease takes no more sessions
+		}
+		if leases, sessions := s.leases.Count(); leases != n || sessions != n {
+			t.Fatalf("%d leases with %d sessions, want %d each", leases, sessions, n)
+		}
+		f.Intercept(func(r *etcdfake.Request) error {
+			time.Sleep(60 * time.Millisecond)
+			return r.Apply()
+		})
+		start := time.Now()
+		wantErr(t, "Close", s.Close(), nil)
+		if took := time.Since(start); took > 2*time.Second {
+			t.Errorf("Close took %v", took)
+		}
+		for i := range n {
+			if f.At(fmt.Sprint(fakePrefix, i), f.Revision()) == nil {
+				t.Fatalf("session %d went with its lease", i)
+			}
+		}
+	})
 }
 
 func TestLease_AcquireEndsWithContext(t *testing.T) {

@@ -339,6 +339,32 @@ func TestExclusive_Fencing(t *testing.T) {
 	}
 }
 
+// Nor can it delete the session.
+func TestExclusive_FencedDelete(t *testing.T) {
+	s := newSites(t, 1)[0]
+	h := &stop{make(chan struct{}, 1), make(chan struct{})}
+	var token string
+	deleted := make(chan error, 1)
+	s.mux.HandleFunc("/delete", func(_ http.ResponseWriter, r *http.Request) {
+		h.stay(r)
+		deleted <- s.store.DeleteCtx(r.Context(), token)
+	})
+	b := s.login(t)
+	token = b.token(t, s)
+	answer := b.begin(t, s, "/delete")
+	h.entered(t, answer)
+	if _, err := s.admin.Revoke(t.Context(), s.lockKeys(t)[0].lease); err != nil {
+		t.Fatal(err)
+	}
+	close(h.goOn)
+	wantErr(t, "delete", <-deleted, ErrConflict)
+	<-answer
+	if v := s.values(t, token); v["user"] != "alice" {
+		t.Errorf("the session holds %v", v)
+	}
+	s.wantUnlocked(t)
+}
+
 // Where nobody else wants the session, the lock costs two requests to etcd.
 func TestExclusive_Cost(t *testing.T) {
 	c := etcdtest.New(t, etcdtest.Config{})

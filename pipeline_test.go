@@ -1495,6 +1495,69 @@ func TestPipeline_CreateIsFencedAfterGivingUp(t *testing.T) {
 	})
 }
 
+// Three creates share a lease, and none of them is answered. The first gives up at once, and its fence is moved in the background;
+// the second moves it meanwhile, and so the third compares a later one. That is moved as well once the third has given up: it
+// does not come late, after the delete of its session. The tries are spaced at random, hence several runs.
+func TestPipeline_LateCreateOfALaterFence(t *testing.T) {
+	sent := 0
+	for range 20 {
+		synctest.Test(t, func(t *testing.T) {
+			s, f := newFakeStore(t)
+			wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+			var down, gap atomic.Bool // in the gap, one fence is moved
+			moved := make(chan struct{})
+			var third atomic.Pointer[etcdfake.Request]
+			f.Intercept(func(r *etcdfake.Request) error {
+				_, put := r.Msg.(*etcdserverpb.PutRequest)
+				switch {
+				case !down.Load() || !put && !isAttempt(r):
+					return r.Apply()
+				case put && gap.CompareAndSwap(true, false):
+					defer close(moved)
+					return r.Apply()
+				case ofSession("b")(r) && !ofSession("a")(r):
+					return etcdfake.Lose(r)
+				case ofSession("c")(r):
+					third.Store(r)
+				}
+				return etcdfake.ErrLost
+			})
+			create := func(token string, life time.Duration) func() error {
+				ctx, cancel := context.WithTimeout(Begin(t.Context()), life)
+				t.Cleanup(cancel)
+				b := gobSession(t, day0, map[string]any{"user": "alice"})
+				return started(func() error { return s.CommitCtx(ctx, token, b, time.Now().Add(time.Hour)) })
+			}
+			down.Store(true)
+			release := f.Hold(isAttempt) // so that the first two compare the same fence
+			a, b := create("a", 600*time.Millisecond), create("b", 4*time.Second)
+			release()
+			wantErr(t, "the first create", a(), ErrOutcomeUnknown)
+			time.Sleep(900 * time.Millisecond)
+			gap.Store(true)
+			<-moved
+			synctest.Wait()
+			err := create("c", 15*time.Millisecond)()
+			down.Store(false)
+			wantErr(t, "the second create", b(), nil)
+			time.Sleep(30 * time.Second)
+			if third.Load() == nil {
+				return // it found no seat in its time
+			}
+			sent++
+			wantErr(t, "the third create", err, ErrOutcomeUnknown)
+			wantErr(t, "delete", s.Delete("c"), nil)
+			_ = third.Load().Apply()
+			if _, back, err := s.Find("c"); back || err != nil {
+				t.Errorf("the deleted session is back: %v, %v", back, err)
+			}
+		})
+	}
+	if sent == 0 {
+		t.Error("the third create was never sent")
+	}
+}
+
 // A call has its own time, also where it is folded with one that came later.
 func TestPipeline_TimeIsUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -1626,6 +1689,135 @@ func TestPipeline_PanickingCodec(t *testing.T) {
 	})
 }
 
+// A function for Update that takes its time holds up no other session of its batch, and its own no longer than that.
+func TestPipeline_SlowFunction(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "slow", "n", 0)
+		f.seed(t, "quick", "n", 0)
+		release := stall(t, s, f)
+		start := time.Now()
+		update := func(token string, fn func(map[string]any) error) func(most time.Duration) {
+			var took time.Duration
+			result := started(func() error {
+				err := s.Update(t.Context(), token, fn)
+				took = time.Since(start)
+				return err
+			})
+			return func(most time.Duration) {
+				t.Helper()
+				if err := result(); err != nil || took > most {
+					t.Errorf("an update of %s took %v: %v", token, took, err)
+				}
+			}
+		}
+		slow := update("slow", func(values map[string]any) error {
+			time.Sleep(4 * time.Second)
+			return increment(values)
+		})
+		behind := update("slow", increment)
+		quick := update("quick", increment)
+		release()
+		quick(100 * time.Millisecond)
+		slow(4100 * time.Millisecond)
+		behind(4100 * time.Millisecond)
+		f.wantSession(t, "quick", 2, "n", 1)
+		f.wantSession(t, "slow", 2, "n", 2)
+	})
+}
+
+// faultyCodec calls a function for sessions that have the key 'bad'.
+type faultyCodec struct {
+	scs.GobCodec
+	at func(where string)
+}
+
+func (c faultyCodec) Decode(b []byte) (time.Time, map[string]any, error) {
+	deadline, values, err := c.GobCodec.Decode(b)
+	if values["bad"] != nil {
+		c.at("decode")
+	}
+	return deadline, values, err
+}
+
+func (c faultyCodec) Encode(deadline time.Time, values map[string]any) ([]byte, error) {
+	if values["bad"] != nil {
+		c.at("encode")
+	}
+	return c.GobCodec.Encode(deadline, values)
+}
+
+// The application's code panics, or ends its goroutine, for one session of a batch. That call fails by itself, and nothing was
+// written; its neighbours do not notice, nor does the session's next call.
+func TestPipeline_FaultyApplication(t *testing.T) {
+	for _, c := range []struct {
+		name, where string
+		clash       bool // another process has changed the same key
+		told        bool // a panic is the caller's
+	}{
+		{"function", "function", false, true},
+		{"resolver", "resolver", true, true},
+		{"decoding", "decode", false, false},
+		{"encoding", "encode", false, false},
+		{"encoding of what a resolver made", "encode", true, false},
+	} {
+		for how, fault := range map[string]func(){"panics": func() { panic("own") }, "ends its goroutine": runtime.Goexit} {
+			t.Run(c.name+" "+how, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					var armed atomic.Bool
+					at := func(where string) {
+						if where == c.where && armed.Load() {
+							fault()
+						}
+					}
+					resolver := func(c Conflict) (any, error) { at("resolver"); return c.Ours, nil }
+					s, f := newFakeStore(t, WithCodec(faultyCodec{at: at}), WithResolver(resolver))
+					f.seed(t, "bad", "bad", 1, "n", 0)
+					for i := range 4 {
+						f.seed(t, fmt.Sprint(i))
+					}
+					call := commitOf(t, Begin(t.Context()), s, "bad", "n", 1)
+					if c.where == "function" {
+						call = func() error {
+							return s.Update(t.Context(), "bad", func(map[string]any) error { at("function"); return nil })
+						}
+					}
+					change := setting("theirs", 1)
+					if c.clash {
+						change = setting("n", 2)
+					}
+					wantErr(t, "another process", newFakeStoreOn(t, f).Update(t.Context(), "bad", change), nil)
+
+					release := stall(t, s, f)
+					armed.Store(true)
+					bad := started(call)
+					var good []func() error
+					for i := range 4 {
+						good = append(good, started(func() error { return s.Update(t.Context(), fmt.Sprint(i), setting("a", 1)) }))
+					}
+					release()
+					for i, result := range good {
+						wantErr(t, fmt.Sprint("neighbour ", i), result(), nil)
+					}
+					err := bad()
+					var p fakePanic
+					switch {
+					case c.told && how == "panics":
+						wantErr(t, "the bad one", err, fakePanic{"own"})
+					case err == nil, errors.As(err, &p), errors.Is(err, ErrOutcomeUnknown):
+						t.Errorf("the bad one: %v", err)
+					}
+					if n := len(f.sessions(t, "bad")); n != 2 {
+						t.Errorf("its session has had %d versions, want 2", n)
+					}
+					armed.Store(false)
+					wantErr(t, "the next call", s.Update(t.Context(), "bad", setting("next", 1)), nil)
+				})
+			})
+		}
+	}
+}
+
 // A create that crossed the quota is applied, answered with ErrNoSpace, and deleted by another process: it is not made again.
 func TestPipeline_NoSpaceAppliedAndDeleted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -1745,6 +1937,34 @@ func TestPipeline_DeleteAfterOwnCreate(t *testing.T) {
 		if _, ok, _ := s.Find("a"); ok {
 			t.Error("it is there after the delete")
 		}
+	})
+}
+
+// The same where the create is settled between the delete's read, which does not see it, and what comes after: a delete that
+// looked after the read at what is on its way would find nothing to do.
+func TestPipeline_DeleteBesideOwnCreate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		wantErr(t, "a lease", committing(t, s, "warm", time.Hour)(), nil)
+		release := f.Hold(isAttempt)
+		ctx, cancel := context.WithCancel(Begin(t.Context()))
+		defer cancel()
+		b := gobSession(t, day0, map[string]any{"user": "alice"})
+		create := started(func() error { return s.CommitCtx(ctx, "a", b, time.Now().Add(time.Hour)) })
+		cancel()
+		wantErr(t, "create", create(), ErrOutcomeUnknown)
+		answer := make(chan struct{})
+		f.Script(isRead, func(r *etcdfake.Request) error {
+			err := r.Apply()
+			<-answer
+			return err
+		})
+		del := started(func() error { return s.Delete("a") })
+		release()
+		f.wantSession(t, "a", 1, "user", "alice")
+		close(answer)
+		wantErr(t, "delete", del(), nil)
+		f.wantSession(t, "a", 2)
 	})
 }
 

@@ -256,3 +256,46 @@ func TestReader_ContextsEnd(t *testing.T) {
 		wantFind(t, "the patient one", three, 1, nil)
 	})
 }
+
+// Finds that share a request, or an answer, end with their own time each: one that came first does not wait as long as those that
+// joined it, and they do not end with it.
+func TestReader_OwnTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t, WithTimeout(100*time.Millisecond))
+		f.seed(t, "a", "a", 1)
+		f.Intercept(func(r *etcdfake.Request) error {
+			if isRead(r) {
+				<-r.Done
+				return etcdfake.ErrLost
+			}
+			return r.Apply()
+		})
+		for i := range limit.Initial {
+			finding(t, t.Context(), s, fmt.Sprint("stalled ", i))
+		}
+		find := func(token string) func() {
+			start := time.Now()
+			var took time.Duration
+			result := started(func() error {
+				_, _, err := s.Find(token)
+				took = time.Since(start)
+				return err
+			})
+			return func() {
+				t.Helper()
+				wantErr(t, token, result(), context.DeadlineExceeded)
+				if took < s.timeout || took > s.timeout+time.Millisecond {
+					t.Errorf("a find of %s took %v, and has %v", token, took, s.timeout)
+				}
+			}
+		}
+		var finds []func()
+		for _, token := range []string{"a", "a", "b"} {
+			finds = append(finds, find(token))
+			time.Sleep(45 * time.Millisecond)
+		}
+		for _, find := range finds {
+			find()
+		}
+	})
+}

@@ -77,6 +77,20 @@ func TestTransaction_Outcome(t *testing.T) {
 	want("both written", "", nil)
 }
 
+// Where a request has lost several sessions, it is told of the one that it lost first.
+func TestTransaction_OutcomeIsTheFirst(t *testing.T) {
+	for range 20 {
+		tx, s := newTransaction(), &EtcdStore{}
+		tx.lose(readKey{s, "own"}, ErrSessionGone)
+		for i := range 10 {
+			tx.lose(readKey{s, fmt.Sprint("other ", i)}, ErrConflict)
+		}
+		if token, err, _ := tx.outcome(); token != "own" || !errors.Is(err, ErrSessionGone) {
+			t.Errorf("outcome = %q, %v", token, err)
+		}
+	}
+}
+
 // Outside of a transaction there is no read set; the calls on it do nothing.
 func TestTransaction_Nil(t *testing.T) {
 	var tx *transaction
