@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -57,7 +58,7 @@ const markPrefix = "__etcdstore:"
 //	sessionManager.Codec = store.Codec()
 //
 // While a session is loaded, its values have one more key, which begins with "__etcdstore:". SessionManager.Keys shows it;
-// it is never stored.
+// it is never stored. An application that carries values over a Destroy by hand must not carry that one.
 func (e *EtcdStore) Codec() scs.Codec {
 	e.linked.Store(true)
 	return linkCodec{e}
@@ -78,7 +79,20 @@ type origin struct {
 	store *EtcdStore
 	token string
 	read  session.Read
-	done  <-chan struct{} // of the context
+	by    caller
+}
+
+// caller is what tells the request that a call is of, as far as its context does.
+type caller struct {
+	t    *transaction    // of Begin, Retry or Exclusive
+	done <-chan struct{} // of the context
+}
+
+func callerOf(ctx context.Context) caller { return caller{explicit(ctx), ctx.Done()} }
+
+// is reports whether two calls are of one request, for all that is known.
+func (c caller) is(other caller) bool {
+	return c.t != nil && c.t == other.t || c.done != nil && c.done == other.done
 }
 
 // loadedCopy is a copy of a session that the application has in memory. It is the mark among the copy's values.
@@ -88,7 +102,7 @@ type loadedCopy struct {
 	mu      sync.Mutex
 	token   string // "": it was never stored
 	read    session.Read
-	done    <-chan struct{}
+	by      caller
 	deleted *deletion // of the session, since it was read
 }
 
@@ -114,7 +128,7 @@ func markKey(token string) string {
 func (e *EtcdStore) give(ctx context.Context, token string, r session.Read) []byte {
 	b := ownBytes(r.Payload())
 	if e.linked.Load() {
-		readsByBytes.Put(first(b), &origin{store: e, token: token, read: r, done: ctx.Done()})
+		readsByBytes.Put(first(b), &origin{store: e, token: token, read: r, by: callerOf(ctx)})
 	}
 	return b
 }
@@ -138,7 +152,7 @@ func (c linkCodec) Decode(b []byte) (time.Time, map[string]any, error) {
 		if values == nil {
 			values = make(map[string]any, 1)
 		}
-		l := &loadedCopy{store: o.store, token: o.token, read: o.read, done: o.done}
+		l := &loadedCopy{store: o.store, token: o.token, read: o.read, by: o.by}
 		o.store.copies.add(l, o.token)
 		values[markKey(o.token)] = l
 		copiesByMap.Put(mapOf(values), l)
@@ -159,9 +173,13 @@ func (c linkCodec) Encode(deadline time.Time, values map[string]any) ([]byte, er
 	if !known {
 		l = &loadedCopy{store: c.store}
 		copiesByMap.Put(mapOf(values), l)
-		if len(marks) == 0 {
-			marks = append(marks, l)
-		}
+	}
+	switch {
+	case slices.Contains(marks, l):
+	case l.wasDeleted():
+		marks = append(marks, &loadedCopy{store: c.store}) // of what begins now
+	default:
+		marks = append(marks, l)
 	}
 	defer putMarks(values, marks)
 	b, err := c.store.codec.Encode(deadline, values)
@@ -198,27 +216,35 @@ type source struct {
 	store   *EtcdStore
 	copy    *loadedCopy   // nil: it is not known
 	renewed []*loadedCopy // marks of the sessions that the commit renews
+	fresh   *loadedCopy   // the mark of a session that was not stored yet
+	by      caller
 }
 
 // sourceOf returns what the bytes of a commit come from, under this token.
-func (e *EtcdStore) sourceOf(token string, b []byte) source {
+func (e *EtcdStore) sourceOf(ctx context.Context, token string, b []byte) source {
+	s := source{store: e, by: callerOf(ctx)}
 	if cap(b) == 0 {
-		return source{store: e}
+		return s
 	}
 	all, _ := copiesByBytes.Get(first(b))
 	if len(all) == 0 {
-		return source{store: e}
+		return s
 	}
 	byMap, marks := all[0], all[1:]
 	for _, l := range append(marks[:len(marks):len(marks)], byMap) {
 		if l.store == e && l.names(token) {
-			return source{store: e, copy: l}
+			s.copy = l
+			return s
 		}
 	}
-	s := source{store: e, copy: byMap}
+	s.copy = byMap
 	for _, l := range marks {
-		if l.store == e && l.wasDeleted() {
+		switch {
+		case l.store != e:
+		case l.wasDeleted():
 			s.renewed = append(s.renewed, l)
+		case l.names(""):
+			s.fresh = l
 		}
 	}
 	if len(s.renewed) == 0 && byMap.store != e {
@@ -231,6 +257,13 @@ func (l *loadedCopy) names(token string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.token == token
+}
+
+// isBy reports whether the copy is of a caller's request.
+func (l *loadedCopy) isBy(c caller) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.by.is(c)
 }
 
 func (l *loadedCopy) wasDeleted() bool {
@@ -257,15 +290,24 @@ func (s source) base(token string, t *transaction) *session.Read {
 	return &r
 }
 
-// moveTo says that the copy was stored under a token, and what it is by now.
-func (l *loadedCopy) moveTo(token string, r session.Read) {
-	if l == nil {
-		return
+// moveTo says that the commit was stored under a token, and what its copy is by now.
+func (s source) moveTo(token string, r session.Read) {
+	for _, l := range []*loadedCopy{s.copy, s.fresh} {
+		if l != nil {
+			l.moveTo(token, r, s.by)
+		}
 	}
+}
+
+func (l *loadedCopy) moveTo(token string, r session.Read, by caller) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.by == (caller{}) {
+		l.by = by
+	}
 	if l.token != token {
 		l.deleted = nil
+		l.store.copies.forget(l.token, weak.Make(l))
 		l.store.copies.add(l, token)
 	}
 	l.token, l.read = token, r
@@ -287,7 +329,7 @@ func (e *EtcdStore) renew(ours *session.Image, renewed []*loadedCopy) (*session.
 	return ours, nil
 }
 
-// copies finds the loaded copies of a session.
+// copies finds the loaded copies of a session. Its mutex is taken after a copy's, where both are.
 type copies struct {
 	mu      sync.Mutex
 	byToken map[string]map[weak.Pointer[loadedCopy]]struct{}
@@ -324,28 +366,32 @@ func (c *copies) forget(token string, p weak.Pointer[loadedCopy]) {
 	}
 }
 
-// deleted tells the copies of a session that a call has deleted it, and what that found: those under the call's own context,
+// deleted tells the copies of a session that a call has deleted it, and what that found: those of the call's own request,
 // or all where there are none. scs does not say which copy it is that deletes.
 func (c *copies) deleted(ctx context.Context, token string, found *session.Image) {
-	c.mu.Lock()
-	var all, own []*loadedCopy
-	for p := range c.byToken[token] {
-		if l := p.Value(); l != nil {
-			all = append(all, l)
-			if done := ctx.Done(); done != nil && l.done == done {
-				own = append(own, l)
-			}
-		}
+	by := callerOf(ctx)
+	loaded := c.of(token)
+	own := slices.DeleteFunc(slices.Clone(loaded), func(l *loadedCopy) bool { return !l.isBy(by) })
+	if len(own) == 0 {
+		own = loaded
 	}
-	c.mu.Unlock()
-	if len(own) > 0 {
-		all = own
-	}
-	for _, l := range all {
+	for _, l := range own {
 		l.mu.Lock()
 		if l.token == token {
 			l.deleted = &deletion{found}
 		}
 		l.mu.Unlock()
 	}
+}
+
+// of returns the loaded copies of a session.
+func (c *copies) of(token string) (loaded []*loadedCopy) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for p := range c.byToken[token] {
+		if l := p.Value(); l != nil {
+			loaded = append(loaded, l)
+		}
+	}
+	return loaded
 }

@@ -1996,3 +1996,53 @@ func TestPipeline_PanicOverAGuess(t *testing.T) {
 		wantErr(t, "later", later(), ErrOutcomeUnknown)
 	})
 }
+
+// A delete does not heed the end of its context, but that of its time, also behind another call.
+func TestPipeline_DeleteEndsInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "a", "n", 0)
+		f.Intercept(func(r *etcdfake.Request) error {
+			if isAttempt(r) {
+				<-r.Done
+				return etcdfake.ErrLost
+			}
+			return r.Apply()
+		})
+		ahead := started(func() error { return s.Update(t.Context(), "a", increment) })
+		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+		defer cancel()
+		start := time.Now()
+		wantErr(t, "delete", s.DeleteCtx(ctx, "a"), context.DeadlineExceeded)
+		if took := time.Since(start); took > 2*time.Second {
+			t.Errorf("a delete with 500 ms took %v", took)
+		}
+		wantErr(t, "the update ahead", ahead(), ErrOutcomeUnknown)
+	})
+}
+
+// A logout between RenewToken's look at the session and its delete stays one: the renewal is not made.
+func TestPipeline_LogoutBesideRenewal(t *testing.T) {
+	sm := newManager(nil) // outside of the bubble, since it starts a goroutine
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		other := newFakeStoreOn(t, f)
+		f.seed(t, "a", "user", "bob")
+		sm.Store, sm.Codec = s, s.Codec()
+		ctx, err := sm.Load(t.Context(), "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var once atomic.Bool
+		f.Intercept(func(r *etcdfake.Request) error {
+			if isAttempt(r) && once.CompareAndSwap(false, true) {
+				wantErr(t, "logout", other.Delete("a"), nil)
+			}
+			return r.Apply()
+		})
+		wantErr(t, "renewal", sm.RenewToken(ctx), nil)
+		if token, _, err := sm.Commit(ctx); !errors.Is(err, ErrSessionGone) {
+			t.Errorf("the commit of the renewed session: %q, %v", token, err)
+		}
+	})
+}

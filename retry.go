@@ -226,7 +226,8 @@ func (w *run) lostBy(answer bool) bool {
 	}
 	token, err, written := w.transaction.outcome()
 	switch {
-	case err == nil && answer && w.after != nil && !w.transaction.hasLoaded(w.after.token):
+	case err == nil && answer && w.after != nil && w.after.transaction.hasLoaded(w.after.token) &&
+		!w.transaction.hasLoaded(w.after.token):
 		w.lose(w.after.token, w.after.defeat, true) // it is another handler's run
 	case err == nil:
 		return false
@@ -421,7 +422,14 @@ func (c *routing) consumed() bool {
 
 // routable reports whether a router could keep what is left of the path there.
 func routable(v reflect.Value) bool {
-	return v.Kind() == reflect.String || v.Kind() == reflect.Struct && v.FieldByName("RoutePath").Kind() == reflect.String
+	if v.Kind() == reflect.String {
+		return true
+	}
+	if v.Kind() != reflect.Struct {
+		return false
+	}
+	f, ok := v.Type().FieldByName("RoutePath")
+	return ok && len(f.Index) == 1 && f.Type.Kind() == reflect.String
 }
 
 // routeOf returns what a router keeps there.

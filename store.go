@@ -152,7 +152,7 @@ func (e *EtcdStore) Commit(token string, b []byte, expiry time.Time) error {
 // Other errors are [ErrInvalidToken], [ErrTooLarge], [ErrClosed], and [ErrOutcomeUnknown] where the context or the
 // time-out ends the call after the commit was sent. After every other error nothing was written.
 func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expiry time.Time) error {
-	t, from := e.transactionOf(ctx), e.sourceOf(token, b)
+	t, from := e.transactionOf(ctx), e.sourceOf(ctx, token, b)
 	if len(from.renewed) > 0 { // the session is deleted already: a browser that leaves must not lose its user the next
 		ctx = context.WithoutCancel(ctx)
 	}
@@ -182,6 +182,7 @@ func (e *EtcdStore) commit(ctx context.Context, deadline time.Time, k readKey, c
 		}
 	}
 	if change.Idle(e.clock.Now()) {
+		t.wrote(k, *change.Base)
 		return nil
 	}
 	call := commit.Call{Key: e.prefix + k.token, Change: change}
@@ -199,7 +200,7 @@ func (e *EtcdStore) commit(ctx context.Context, deadline time.Time, k readKey, c
 		return err
 	}
 	after := session.Stored(ours, stored)
-	from.copy.moveTo(k.token, after)
+	from.moveTo(k.token, after)
 	t.wrote(k, after)
 	t.wroteSomething(t.reruns() && change.Changes()) // that decodes
 	return nil

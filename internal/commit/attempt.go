@@ -71,11 +71,7 @@ func (a *attempt) sit(s lease.Seat) {
 	a.value = string(a.record.Encode())
 }
 
-// firstDeadline returns when the time of the first of a's calls is up, and lastDeadline that of the last.
-func (a *attempt) firstDeadline() time.Time {
-	return slices.MinFunc(a.calls, func(o, other *call) int { return o.deadline.Compare(other.deadline) }).deadline
-}
-
+// lastDeadline returns when the time of the last of a's calls is up.
 func (a *attempt) lastDeadline() time.Time {
 	return slices.MaxFunc(a.calls, func(o, other *call) int { return o.deadline.Compare(other.deadline) }).deadline
 }

@@ -149,13 +149,15 @@ type Precondition struct {
 // Delete is the change that deletes a key, whatever it holds.
 type Delete struct {
 	If    []Precondition
-	Found *record.Value // if not nil, where it leaves what the key held; to be read when the call has succeeded
+	Found *record.Value // if not nil, where it leaves what the key held, if that has ended, too; to be read when the call has succeeded
 }
 
 // Next deletes the key.
 func (d Delete) Next(cur State) (Write, error) {
 	if d.Found != nil {
-		*d.Found = cur.Value
+		if *d.Found = cur.Value; cur.Value == nil {
+			*d.Found = cur.Ended
+		}
 	}
 	return Write{If: d.If}, nil
 }

@@ -545,3 +545,96 @@ func (b *bench) startFrom(key string, hint *record.Version, c Change) func() err
 	synctest.Wait()
 	return func() error { return <-done }
 }
+
+// A delete whose precondition is lost fails, also where others have deleted the key meanwhile, or made it anew.
+func TestPipeline_DeleteBreached(t *testing.T) {
+	for _, anew := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBench(t)
+			b.must("a", appending{s: "0"})
+			b.put("lock", "")
+			If := []Precondition{b.created("lock", errLock)}
+			hint := decodeKey(b, "a", 0)
+			for _, key := range []string{"lock", "a"} {
+				if _, err := b.f.Delete(t.Context(), key); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if anew {
+				newBenchOn(t, b.f).must("a", appending{s: "new"})
+			}
+			if err := b.startFrom("a", hint, Delete{If: If})(); !errors.Is(err, errLock) {
+				t.Errorf("made anew %t: %v", anew, err)
+			}
+		})
+	}
+}
+
+// A delete says what it found, and not what others have deleted before it got there.
+func TestPipeline_DeleteFound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.must("a", appending{s: "0"})
+		hint := decodeKey(b, "a", 0)
+		var found record.Value
+		if err := b.startFrom("a", hint, Delete{Found: &found})(); err != nil || found.(*text).s != "0" {
+			t.Errorf("the value of the key: %v, %v", found, err)
+		}
+		if err := b.startFrom("a", hint, Delete{Found: &found})(); err != nil || found != nil {
+			t.Errorf("what was deleted before: %v, %v", found, err)
+		}
+	})
+}
+
+// A call that waits behind another's attempt ends with its own time.
+func TestPipeline_PendingTimeIsUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.must("a", appending{s: "0"})
+		b.f.Intercept(func(r *etcdfake.Request) error {
+			if isTxn(r) {
+				<-r.Done
+				return etcdfake.ErrLost
+			}
+			return r.Apply()
+		})
+		start := time.Now()
+		patient := b.startFrom("a", decodeKey(b, "a", 0), appending{s: "1"})
+		err := b.start("a", time.Second, appending{s: "2"})()
+		if took := time.Since(start); took > 2*time.Second || !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrUnknown) {
+			t.Errorf("a call with 1 s is told after %v: %v", took, err)
+		}
+		b.f.Intercept(nil)
+		if err := patient(); err != nil {
+			t.Error(err)
+		}
+		b.want("a", "0", "01")
+	})
+}
+
+// crowded is a change with many entries beside its value.
+type crowded int
+
+func (n crowded) Next(cur State) (Write, error) {
+	w := Write{Value: &text{s: "v", ends: cur.Now.Plus(time.Hour)}}
+	for i := range int(n) {
+		w.Also = append(w.Also, record.Entry{Key: fmt.Sprint("index/", i), Value: "x"})
+	}
+	return w, nil
+}
+
+func (crowded) Direct(State) bool { return true }
+func (crowded) Prepare()          {}
+
+// A write that has too many operations by itself does not make the batches of others smaller.
+func TestPipeline_TooManyAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		if err := b.start("a", time.Minute, crowded(140))(); etcd.Classify(err) != etcd.TooManyOps {
+			t.Errorf("140 entries: %v", err)
+		}
+		if n := b.client.BatchKeys(); n != etcd.MaxBatchKeys {
+			t.Errorf("batches of %d keys", n)
+		}
+	})
+}

@@ -38,18 +38,30 @@ func (p *Pipeline) drive(attempts []*attempt) {
 		}
 		attempts = parcels[0]
 		if err := p.take(attempts, b.Timeout()); err != nil {
-			pause(attempts, &b)
+			p.pause(attempts, &b)
 		}
 	}
 }
 
+// endPending ends calls that wait behind an attempt.
+func (p *Pipeline) endPending(q *queue, late func(*call) bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	q.pending = slices.DeleteFunc(slices.Clone(q.pending), func(o *call) bool {
+		if late(o) {
+			p.abandon(o, etcd.Ended(context.DeadlineExceeded, o.last))
+		}
+		return late(o)
+	})
+}
+
 // pause waits until the next try is due, or the time of a call is up.
-func pause(attempts []*attempt, b *etcd.Backoff) {
+func (p *Pipeline) pause(attempts []*attempt, b *etcd.Backoff) {
 	attempts = slices.DeleteFunc(slices.Clone(attempts), func(a *attempt) bool { return a.step == ended })
 	if len(attempts) == 0 {
 		return
 	}
-	ctx, cancel := context.WithDeadline(context.Background(), firstDeadline(attempts))
+	ctx, cancel := context.WithDeadline(context.Background(), p.firstDeadline(attempts))
 	defer cancel()
 	b.Wait(ctx)
 }
@@ -60,6 +72,7 @@ func pause(attempts []*attempt, b *etcd.Backoff) {
 func (p *Pipeline) overdue(a *attempt) bool {
 	now := time.Now()
 	late := func(o *call) bool { return !o.deadline.After(now) }
+	p.endPending(a.queue, late)
 	switch {
 	case !slices.ContainsFunc(a.calls, late):
 		return false
@@ -139,11 +152,16 @@ func (p *Pipeline) take(attempts []*attempt, timeout time.Duration) error {
 	}
 }
 
-func firstDeadline(attempts []*attempt) time.Time {
-	first := attempts[0].firstDeadline()
-	for _, a := range attempts[1:] {
-		if d := a.firstDeadline(); d.Before(first) {
-			first = d
+// firstDeadline returns when the time of the first call is up that waits for one of the attempts, or behind it.
+func (p *Pipeline) firstDeadline(attempts []*attempt) time.Time {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	first := attempts[0].calls[0].deadline
+	for _, a := range attempts {
+		for _, o := range slices.Concat(a.calls, a.queue.pending) {
+			if o.deadline.Before(first) {
+				first = o.deadline
+			}
 		}
 	}
 	return first
@@ -161,7 +179,7 @@ func lastDeadline(attempts []*attempt) time.Time {
 
 // seat waits for a lease to be granted.
 func (p *Pipeline) seat(attempts []*attempt) error {
-	ctx, cancel := context.WithDeadline(context.Background(), firstDeadline(attempts))
+	ctx, cancel := context.WithDeadline(context.Background(), p.firstDeadline(attempts))
 	defer cancel()
 	err := p.leases.Wait(ctx, attempts[0].final.Expiry())
 	if err != nil && ctx.Err() == nil {
@@ -250,7 +268,7 @@ func (p *Pipeline) answer(a *attempt, resp *etcdserverpb.TxnResponse, rev int64)
 
 // fence moves the fences that attempts to create compare.
 func (p *Pipeline) fence(attempts []*attempt, timeout time.Duration) (last error) {
-	ctx, cancel := context.WithTimeout(context.Background(), min(timeout, time.Until(firstDeadline(attempts))))
+	ctx, cancel := context.WithTimeout(context.Background(), min(timeout, time.Until(p.firstDeadline(attempts))))
 	defer cancel()
 	for _, a := range attempts {
 		if err := p.leases.Refence(ctx, a.seat); err != nil {
@@ -269,7 +287,7 @@ func (p *Pipeline) read(attempts []*attempt) (last error) {
 	for _, a := range attempts {
 		keys = append(keys, a.keys()...)
 	}
-	versions, errs := p.reader.FindAll(context.Background(), firstDeadline(attempts), keys)
+	versions, errs := p.reader.FindAll(context.Background(), p.firstDeadline(attempts), keys)
 	for _, a := range attempts {
 		n := len(a.keys())
 		if err := errors.Join(errs[:n]...); err != nil {
@@ -310,7 +328,7 @@ func (p *Pipeline) asOf(a *attempt, revs []int64, timeout time.Duration) ([]*rec
 	for i, rev := range revs {
 		gets[i] = clientv3.OpGet(a.queue.key, clientv3.WithRev(rev))
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), min(timeout, time.Until(a.firstDeadline())))
+	ctx, cancel := context.WithTimeout(context.Background(), min(timeout, time.Until(p.firstDeadline([]*attempt{a}))))
 	defer cancel()
 	resp, err := p.client.Send(ctx, clientv3.OpTxn(nil, gets, nil))
 	if err != nil {

@@ -54,7 +54,7 @@ func (c *Client) Send(ctx context.Context, op clientv3.Op) (clientv3.OpResponse,
 	resp, err := c.Do(ctx, op)
 	if err != nil {
 		err = clientv3.ContextError(ctx, err)
-		if Classify(err) == TooManyOps && c.BatchKeys() > 1 {
+		if Classify(err) == TooManyOps && isBatch(op) && c.BatchKeys() > 1 {
 			c.halvings.CompareAndSwap(halvings, halvings+1) // once for all that were under way
 		}
 		return resp, err
@@ -70,6 +70,12 @@ func (c *Client) Send(ctx context.Context, op clientv3.Op) (clientv3.OpResponse,
 		c.Saw(resp.Del().Header)
 	}
 	return resp, nil
+}
+
+// isBatch reports whether a request is for several keys. One that is too much by itself says nothing about batches.
+func isBatch(op clientv3.Op) bool {
+	cmps, then, _ := op.Txn()
+	return len(cmps) == 0 && len(then) > 1
 }
 
 // Saw notes the revision of an answer.
