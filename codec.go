@@ -20,45 +20,52 @@ import (
 
 // The version travels in the session.
 //
-// A commit is validated against what its copy of the session was read from. The link between the two is not the context,
-// which frameworks, servers and adapters derive, detach and share at will, but the copy itself, as with Kubernetes'
-// resourceVersion and HTTP's ETag: the codec puts a reserved value among the session's values when it decodes them, and takes
-// it out when it encodes them. It is never stored.
+// A commit is validated against what its copy of the session was read from. The link between the
+// two is not the context, which frameworks, servers and adapters derive, detach and share at will,
+// but the copy itself, as with Kubernetes' resourceVersion and HTTP's ETag: the codec puts a
+// reserved value among the session's values when it decodes them, and takes it out when it encodes
+// them. It is never stored.
 //
 //	FindCtx ── bytes ──> Decode ── values with a mark ──> application ──> Encode ── bytes ──> CommitCtx
 //
-// scs hands on the very bytes that it is given, so on either side of it a registry of weak pointers finds what belongs to
-// them: a read, or the marks of a copy. What nobody holds any more is forgotten.
+// scs hands on the very bytes that it is given, so on either side of it a registry of weak pointers
+// finds what belongs to them: a read, or the marks of a copy. What nobody holds any more is
+// forgotten.
 //
-// Each copy is a transaction of its own, with its own base, moved by its own commits. Two copies in one request are as two
-// requests; a copy may be committed several times.
+// Each copy is a transaction of its own, with its own base, moved by its own commits. Two copies in
+// one request are as two requests; a copy may be committed several times.
 //
 // scs's operations on a copy, and what becomes of its mark:
 //
-//   - RenewToken keeps it. So a copy that is committed under a fresh token, and whose mark names a session that was deleted
-//     since, is a renewal (renew).
-//   - Clear and Destroy drop it, and so does an application that removes all keys. The copy is still known by its map, which
-//     scs never replaces: that gives the base for a commit under the same token, and never makes a renewal, so that after a
-//     Destroy nothing of the earlier session reaches the next.
-//   - MergeSession copies another session's values, with its mark. Marks are named by their session, so they do not collide.
+//   - RenewToken keeps it. So a copy that is committed under a fresh token, and whose mark names a
+//     session that was deleted since, is a renewal (renew).
+//   - Clear and Destroy drop it, and so does an application that removes all keys. The copy is
+//     still known by its map, which scs never replaces: that gives the base for a commit under the
+//     same token, and never makes a renewal, so that after a Destroy nothing of the earlier session
+//     reaches the next.
+//   - MergeSession copies another session's values, with its mark. Marks are named by their
+//     session, so they do not collide.
 //
-// Where the bytes do not arrive as they were given (a wrapper that copies or encrypts them), or the session manager has
-// another codec, the context is the fallback (txn.go).
+// Where the bytes do not arrive as they were given (a wrapper that copies or encrypts them), or the
+// session manager has another codec, the context is the fallback (txn.go).
 //
-// Rejected: the version in the stored bytes (every commit would carry it, and a codec of the application's own would have to
-// know it), and the map alone, which cannot tell RenewToken from Destroy followed by new data.
+// Rejected: the version in the stored bytes (every commit would carry it, and a codec of the
+// application's own would have to know it), and the map alone, which cannot tell RenewToken from
+// Destroy followed by new data.
 
-// markPrefix begins the keys of marks. scs reserves keys that begin with two underscores in the same way.
+// markPrefix begins the keys of marks. scs reserves keys that begin with two underscores in the
+// same way.
 const markPrefix = "__etcdstore:"
 
-// Codec is for scs.SessionManager.Codec: around the codec of [WithCodec], it lets each copy of a session carry the version
-// that it was read at, so that commits are validated under every server, router and adapter, and whatever becomes of
-// contexts:
+// Codec is for scs.SessionManager.Codec: around the codec of [WithCodec], it lets each copy of a
+// session carry the version that it was read at, so that commits are validated under every server,
+// router and adapter, and whatever becomes of contexts:
 //
 //	sessionManager.Codec = store.Codec()
 //
-// While a session is loaded, its values have one more key, which begins with "__etcdstore:". SessionManager.Keys shows it;
-// it is never stored. An application that carries values over a Destroy by hand must not carry that one.
+// While a session is loaded, its values have one more key, which begins with "__etcdstore:".
+// SessionManager.Keys shows it; it is never stored. An application that carries values over a
+// Destroy by hand must not carry that one.
 func (e *EtcdStore) Codec() scs.Codec {
 	e.linked.Store(true)
 	return linkCodec{e}
@@ -67,7 +74,8 @@ func (e *EtcdStore) Codec() scs.Codec {
 // linkCodec is the codec of Codec.
 type linkCodec struct{ store *EtcdStore }
 
-// loaded copies: by the bytes that scs was given, by the bytes that it gives, and by the map of their values.
+// loaded copies: by the bytes that scs was given, by the bytes that it gives, and by the map of
+// their values.
 var (
 	readsByBytes  weakmap.Map[*origin]
 	copiesByBytes weakmap.Map[[]*loadedCopy]
@@ -95,7 +103,8 @@ func (c caller) is(other caller) bool {
 	return c.t != nil && c.t == other.t || c.done != nil && c.done == other.done
 }
 
-// loadedCopy is a copy of a session that the application has in memory. It is the mark among the copy's values.
+// loadedCopy is a copy of a session that the application has in memory. It is the mark among the
+// copy's values.
 type loadedCopy struct {
 	store *EtcdStore
 
@@ -133,7 +142,8 @@ func (e *EtcdStore) give(ctx context.Context, token string, r session.Read) []by
 	return b
 }
 
-// ownBytes returns a copy of b in an allocation of its own: small ones share one otherwise, and have no end of their own.
+// ownBytes returns a copy of b in an allocation of its own: small ones share one otherwise, and
+// have no end of their own.
 func ownBytes(b []byte) []byte {
 	own := make([]byte, len(b), max(len(b), 64))
 	copy(own, b)
@@ -272,8 +282,9 @@ func (l *loadedCopy) wasDeleted() bool {
 	return l.token != "" && l.deleted != nil
 }
 
-// base returns what a commit under this token is based on: what its copy was read from or has stored since. Of a copy that is
-// not known, the transaction tells. It is nil where the session was never read: then the commit overwrites.
+// base returns what a commit under this token is based on: what its copy was read from or has
+// stored since. Of a copy that is not known, the transaction tells. It is nil where the session was
+// never read: then the commit overwrites.
 func (s source) base(token string, t *transaction) *session.Read {
 	if s.copy == nil {
 		if r, ok := t.read(readKey{s.store, token}); ok {
@@ -313,9 +324,10 @@ func (l *loadedCopy) moveTo(token string, r session.Read, by caller) {
 	l.token, l.read = token, r
 }
 
-// renew returns ours with what others have committed to the sessions that it renews, between the read and the deletion of
-// each. Where they changed what this request changed, the resolver decides, else this request: a renewal is a login, mostly,
-// and must not be lost. It is not made where the session was gone before the request deleted it.
+// renew returns ours with what others have committed to the sessions that it renews, between the
+// read and the deletion of each. Where they changed what this request changed, the resolver
+// decides, else this request: a renewal is a login, mostly, and must not be lost. It is not made
+// where the session was gone before the request deleted it.
 func (e *EtcdStore) renew(ours *session.Image, renewed []*loadedCopy) (*session.Image, error) {
 	for _, l := range renewed {
 		l.mu.Lock()
@@ -366,8 +378,9 @@ func (c *copies) forget(token string, p weak.Pointer[loadedCopy]) {
 	}
 }
 
-// deleted tells the copies of a session that a call has deleted it, and what that found: those of the call's own request,
-// or all where there are none. scs does not say which copy it is that deletes.
+// deleted tells the copies of a session that a call has deleted it, and what that found: those of
+// the call's own request, or all where there are none. scs does not say which copy it is that
+// deletes.
 func (c *copies) deleted(ctx context.Context, token string, found *session.Image) {
 	by := callerOf(ctx)
 	loaded := c.of(token)

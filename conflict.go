@@ -9,13 +9,14 @@ import (
 	"github.com/seed210be38d/etcdstore/internal/session"
 )
 
-// DeadlineKey stands for the session's deadline (its absolute lifetime, scs.SessionManager.SetDeadline) among the keys of a
-// ConflictError, under [Serializable]. Under [Snapshot] deadlines do not conflict: the later one holds. scs reserves keys that
-// begin with two underscores in the same way.
+// DeadlineKey stands for the session's deadline (its absolute lifetime,
+// scs.SessionManager.SetDeadline) among the keys of a ConflictError, under [Serializable]. Under
+// [Snapshot] deadlines do not conflict: the later one holds. scs reserves keys that begin with two
+// underscores in the same way.
 const DeadlineKey = session.DeadlineKey
 
-// A Conflict is one session key that two requests changed, each starting from Base. A field is nil where the
-// key is absent.
+// A Conflict is one session key that two requests changed, each starting from Base. A field is nil
+// where the key is absent.
 type Conflict struct {
 	Key    string
 	Base   any // what this request read
@@ -23,11 +24,12 @@ type Conflict struct {
 	Theirs any // what the session holds by now
 }
 
-// A Resolver decides a conflict: the value that it returns is stored, nil removes the key (also where a codec such
-// as JSON knows a null), and an error fails the commit as it is. It is not asked under [Serializable], where the changes
-// of others are conflicts as such. It must not change the values that it is given, nor call the store or the session
-// manager, nor end its goroutine (runtime.Goexit); it is called from several goroutines at a time, and again when the
-// commit is tried again.
+// A Resolver decides a conflict: the value that it returns is stored, nil removes the key (also
+// where a codec such as JSON knows a null), and an error fails the commit as it is. It is not asked
+// under [Serializable], where the changes of others are conflicts as such. It must not change the
+// values that it is given, nor call the store or the session manager, nor end its goroutine
+// (runtime.Goexit); it is called from several goroutines at a time, and again when the commit is
+// tried again.
 type Resolver func(Conflict) (value any, err error)
 
 // KeepOurs is a Resolver: the last writer wins.
@@ -50,8 +52,8 @@ func ByKey(resolvers map[string]Resolver) Resolver {
 // stands is the error of a conflict that a resolver does not decide.
 func (c Conflict) stands() error { return &ConflictError{Keys: []string{c.Key}} }
 
-// Sum is a Resolver for counters: the base, and what either request has added to it or taken away. An absent number is
-// zero. Where they are not numbers of one type, the conflict stands.
+// Sum is a Resolver for counters: the base, and what either request has added to it or taken away.
+// An absent number is zero. Where they are not numbers of one type, the conflict stands.
 func Sum(c Conflict) (any, error) {
 	base, ours, theirs, ok := sameType(c)
 	switch {
@@ -71,8 +73,9 @@ func number[N int64 | uint64 | float64](like reflect.Value, n N) any {
 	return reflect.ValueOf(n).Convert(like.Type()).Interface()
 }
 
-// Latest is a Resolver for what only grows, such as the time when a user was last seen: the greater of two times, numbers or
-// strings. One that is absent is the lesser. Where they are not of one such type, the conflict stands.
+// Latest is a Resolver for what only grows, such as the time when a user was last seen: the greater
+// of two times, numbers or strings. One that is absent is the lesser. Where they are not of one
+// such type, the conflict stands.
 func Latest(c Conflict) (any, error) {
 	switch {
 	case c.Ours == nil:
@@ -109,8 +112,9 @@ func greater(c Conflict, order int) any {
 	return c.Theirs
 }
 
-// Union is a Resolver for slices that are sets, such as of flash messages or of items seen: what either request has added,
-// without what either has removed. An absent slice is empty. Where they are not slices of one type, the conflict stands.
+// Union is a Resolver for slices that are sets, such as of flash messages or of items seen: what
+// either request has added, without what either has removed. An absent slice is empty. Where they
+// are not slices of one type, the conflict stands.
 func Union(c Conflict) (any, error) {
 	base, ours, theirs, ok := sameType(c)
 	if !ok || ours.Kind() != reflect.Slice {
@@ -139,7 +143,8 @@ func contains(s, v reflect.Value) bool {
 	return false
 }
 
-// sameType returns the three sides of a conflict, zero values for what is absent, if they are of one type.
+// sameType returns the three sides of a conflict, zero values for what is absent, if they are of
+// one type.
 func sameType(c Conflict) (base, ours, theirs reflect.Value, ok bool) {
 	var t reflect.Type
 	for _, v := range []any{c.Base, c.Ours, c.Theirs} {

@@ -11,27 +11,29 @@ import (
 
 // What a commit can run into.
 var (
-	// ErrConflict says that another request changed the same part of the session first. Nothing was written.
-	// The error is a *ConflictError where the keys are known.
+	// ErrConflict says that another request changed the same part of the session first. Nothing was
+	// written. The error is a *ConflictError where the keys are known.
 	ErrConflict = session.ErrConflict
 
 	// ErrSessionGone says that the session was deleted, or has expired, since the request read it.
 	// Nothing was written.
 	ErrSessionGone = session.ErrGone
 
-	// ErrOutcomeUnknown says that the write may or may not have happened, and that the store could not find
-	// out in the time the call had. It wraps what ended the call, for example context.DeadlineExceeded.
+	// ErrOutcomeUnknown says that the write may or may not have happened, and that the store could
+	// not find out in the time the call had. It wraps what ended the call, for example
+	// context.DeadlineExceeded.
 	ErrOutcomeUnknown = commit.ErrUnknown
 )
 
 // What is wrong with a call.
 var (
-	// ErrTooLarge says that the session exceeds what etcd takes in one request (1.5 MiB unless configured
-	// otherwise). Nothing was written.
+	// ErrTooLarge says that the session exceeds what etcd takes in one request (1.5 MiB unless
+	// configured otherwise). Nothing was written.
 	ErrTooLarge = commit.ErrTooLarge
 
-	// ErrInvalidToken says that a session cannot be stored under this token: it is empty, longer than 512
-	// bytes, begins with '~' or a byte above it, or names the session of a store with a longer prefix.
+	// ErrInvalidToken says that a session cannot be stored under this token: it is empty, longer
+	// than 512 bytes, begins with '~' or a byte above it, or names the session of a store with a
+	// longer prefix.
 	ErrInvalidToken = session.ErrInvalidToken
 
 	// ErrClosed says that the store was closed.
@@ -70,7 +72,8 @@ func publicError(err error) error {
 	return err
 }
 
-// callError is an error of a call, said by its operation, unless it is the application's own. It keeps the chain below it.
+// callError is an error of a call, said by its operation, unless it is the application's own. It
+// keeps the chain below it.
 func callError(op string, err error) error {
 	var app session.ApplicationError
 	if errors.As(err, &app) {

@@ -11,15 +11,16 @@ import (
 
 // ErrorFunc is for scs.SessionManager.ErrorFunc. It answers
 //
-//   - [ErrSessionGone] with nothing: the user has logged out, there is nothing to save, and the handler's response passes
-//     without a cookie;
+//   - [ErrSessionGone] with nothing: the user has logged out, there is nothing to save, and the
+//     handler's response passes without a cookie;
 //   - [ErrConflict] with 409;
 //   - [ErrOutcomeUnknown], and what says that etcd is not available, with 503 and Retry-After;
 //   - everything else with 500.
 //
-// It removes the headers that describe the handler's body, and logs with slog, unless the client has gone: a conflict at
-// Info, since two requests of one user are no fault, everything else but the first at Error. In a run that Retry drops it
-// does nothing. Note that scs lets the handler's body follow what ErrorFunc writes; Retry does not.
+// It removes the headers that describe the handler's body, and logs with slog, unless the client
+// has gone: a conflict at Info, since two requests of one user are no fault, everything else but
+// the first at Error. In a run that Retry drops it does nothing. Note that scs lets the handler's
+// body follow what ErrorFunc writes; Retry does not.
 func ErrorFunc(w http.ResponseWriter, r *http.Request, err error) {
 	if WillRetry(r) {
 		return

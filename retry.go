@@ -31,30 +31,36 @@ const (
 // errRunLost is what the writes of a lost run fail with.
 var errRunLost = fmt.Errorf("%w: the response of this run is dropped", ErrConflict)
 
-// Retry runs next again, as a new transaction, when its commit lost against another request: the session was changed on
-// the same key ([ErrConflict]), or was deleted ([ErrSessionGone]). It goes outside of LoadAndSave, and around the router:
+// Retry runs next again, as a new transaction, when its commit lost against another request: the
+// session was changed on the same key ([ErrConflict]), or was deleted ([ErrSessionGone]). It goes
+// outside of LoadAndSave, and around the router:
 //
 //	handler := store.Retry(sessionManager.LoadAndSave(mux))
 //
-// Inside of LoadAndSave it panics, since the session that it would have loaded again is already there. As the middleware of
-// a router it works only where the router's chain can run twice. Where Retry finds that it cannot (the rest of the path is
-// in the context, and the first run has consumed it; or the second run does nothing), it answers with an error.
+// Inside of LoadAndSave it panics, since the session that it would have loaded again is already
+// there. As the middleware of a router it works only where the router's chain can run twice. Where
+// Retry finds that it cannot (the rest of the path is in the context, and the first run has
+// consumed it; or the second run does nothing), it answers with an error.
 //
-// It is for handlers whose only effect is the session, and which leave it to LoadAndSave to save that: a run that has
-// written anything before it lost, to any store, is not repeated, but answered with an error. scs commits at the handler's
-// first write, before a byte has reached the client, so nothing is buffered: at the first write the outcome is known, and
-// either everything passes straight through, so that streaming and flushing work as without Retry, or what this run writes is
-// dropped, headers included, and the handler runs again. The writes of a run that has lost fail, and its context is
-// cancelled, so that a handler that streams until its client goes away ends. A handler that flushes, or hijacks the
-// connection, before its first write has answered and does not run again.
+// It is for handlers whose only effect is the session, and which leave it to LoadAndSave to save
+// that: a run that has written anything before it lost, to any store, is not repeated, but answered
+// with an error. scs commits at the handler's first write, before a byte has reached the client, so
+// nothing is buffered: at the first write the outcome is known, and either everything passes
+// straight through, so that streaming and flushing work as without Retry, or what this run writes
+// is dropped, headers included, and the handler runs again. The writes of a run that has lost fail,
+// and its context is cancelled, so that a handler that streams until its client goes away ends. A
+// handler that flushes, or hijacks the connection, before its first write has answered and does not
+// run again.
 //
-// Where the session is gone, the handler runs again without one, and the session cookie stays as it is: a login in another
-// request may have set it anew meanwhile (RenewToken deletes the old session), and must not be undone.
+// Where the session is gone, the handler runs again without one, and the session cookie stays as it
+// is: a login in another request may have set it anew meanwhile (RenewToken deletes the old
+// session), and must not be undone.
 //
-// The request's body is kept up to 1 MiB for the next run; with a larger one the handler does not run again. There are
-// up to 64 runs with a random wait between them, and the requests of one session that have lost take turns within the
-// process. After the last one, and where a lost run is not repeated, the function of [WithErrorFunc] answers. A panic of next
-// passes through, except for http.ErrAbortHandler in a run whose response is dropped anyway.
+// The request's body is kept up to 1 MiB for the next run; with a larger one the handler does not
+// run again. There are up to 64 runs with a random wait between them, and the requests of one
+// session that have lost take turns within the process. After the last one, and where a lost run is
+// not repeated, the function of [WithErrorFunc] answers. A panic of next passes through, except for
+// http.ErrAbortHandler in a run whose response is dropped anyway.
 func (e *EtcdStore) Retry(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if insideLoadAndSave(w) {
@@ -102,8 +108,8 @@ func insideLoadAndSave(w http.ResponseWriter) bool {
 	}
 }
 
-// awaitTurn waits until the requests of a session that have lost before have run again, but not for long: some handlers
-// take their time. What it returns gives the turn back.
+// awaitTurn waits until the requests of a session that have lost before have run again, but not for
+// long: some handlers take their time. What it returns gives the turn back.
 func (e *EtcdStore) awaitTurn(ctx context.Context, token string) (giveBack func()) {
 	ctx, cancel := context.WithTimeout(ctx, maxTurn)
 	defer cancel()
@@ -114,8 +120,8 @@ func (e *EtcdStore) awaitTurn(ctx context.Context, token string) (giveBack func(
 	return sync.OnceFunc(done)
 }
 
-// run is one run of a handler, and a tentative http.ResponseWriter: it passes the response through once it is known that the
-// run has not lost.
+// run is one run of a handler, and a tentative http.ResponseWriter: it passes the response through
+// once it is known that the run has not lost.
 type run struct {
 	http.ResponseWriter
 	transaction *transaction
@@ -193,7 +199,8 @@ func (w *run) serve(next http.Handler, r *http.Request) (lost bool) {
 	return lost
 }
 
-// end decides about a run that has returned, or panicked with p. It reports whether the run has lost.
+// end decides about a run that has returned, or panicked with p. It reports whether the run has
+// lost.
 func (w *run) end(p any) bool {
 	if w.lost() {
 		return true
@@ -201,8 +208,9 @@ func (w *run) end(p any) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.verdict == undecided && w.after != nil && p == nil && !w.transaction.hasEffect() {
-		// A chain that runs once does nothing the second time. A handler that saves and answers nothing looks the same, and is
-		// told that it conflicts: better than a change that is lost with a 200.
+		// A chain that runs once does nothing the second time. A handler that saves and answers
+		// nothing looks the same, and is told that it conflicts: better than a change that is lost
+		// with a 200.
 		w.lose(w.after.token, w.after.defeat, true)
 		return true
 	}
@@ -213,11 +221,12 @@ func (w *run) end(p any) bool {
 	return false
 }
 
-// lost reports whether the run has lost, so that its response is dropped. It is called at the run's first write, which comes
-// after its commit, and at its end.
+// lost reports whether the run has lost, so that its response is dropped. It is called at the run's
+// first write, which comes after its commit, and at its end.
 func (w *run) lost() bool { return w.lostBy(true) }
 
-// lostBy is lost. What is written before the answer says nothing yet about a run that is another handler's.
+// lostBy is lost. What is written before the answer says nothing yet about a run that is another
+// handler's.
 func (w *run) lostBy(answer bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -277,8 +286,8 @@ func (w *run) dropStale() {
 	})
 }
 
-// cookiesOf returns the names of a request's cookies that name a session, as its token or, as scs's HashTokenInStore has it,
-// as what the token is the hash of.
+// cookiesOf returns the names of a request's cookies that name a session, as its token or, as scs's
+// HashTokenInStore has it, as what the token is the hash of.
 func cookiesOf(r *http.Request, token string) (names []string) {
 	for _, c := range r.Cookies() {
 		hash := sha256.Sum256([]byte(c.Value))
@@ -338,8 +347,9 @@ func (w *run) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 // Unwrap gives http.ResponseController what does not concern the response: deadlines, full duplex.
 func (w *run) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// WillRetry is for an application's own ErrorFunc: it reports whether what this run of a handler answers is dropped, because
-// [EtcdStore.Retry] runs the handler again, or answers by itself (see [WithErrorFunc]). The function should then do nothing:
+// WillRetry is for an application's own ErrorFunc: it reports whether what this run of a handler
+// answers is dropped, because [EtcdStore.Retry] runs the handler again, or answers by itself (see
+// [WithErrorFunc]). The function should then do nothing:
 //
 //	sessionManager.ErrorFunc = func(w http.ResponseWriter, r *http.Request, err error) {
 //		if etcdstore.WillRetry(r) {
@@ -352,9 +362,9 @@ func WillRetry(r *http.Request) bool {
 	return ok && (run.lost() || run.fails())
 }
 
-// fails gives up a run whose session could not be saved, for another reason than that it lost: Retry answers, so that the
-// handler's body does not follow the page. It is called for an ErrorFunc: a commit of the handler's own may fail as well, and
-// that is the handler's affair.
+// fails gives up a run whose session could not be saved, for another reason than that it lost:
+// Retry answers, so that the handler's body does not follow the page. It is called for an
+// ErrorFunc: a commit of the handler's own may fail as well, and that is the handler's affair.
 func (w *run) fails() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -366,7 +376,8 @@ func (w *run) fails() bool {
 	return true
 }
 
-// trailing is the body of a run, whose trailers are there when it was read, as those of the request.
+// trailing is the body of a run, whose trailers are there when it was read, as those of the
+// request.
 type trailing struct {
 	io.ReadCloser
 	request, run *http.Request
@@ -380,9 +391,10 @@ func (b trailing) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// routing is the context of a run, and finds routers outside of Retry that keep what is left of the path in the context, as
-// chi does: inside of such a router the handler of a second run would be another's. It looks at what the run asks the
-// request's context for, before the run can have changed it.
+// routing is the context of a run, and finds routers outside of Retry that keep what is left of the
+// path in the context, as chi does: inside of such a router the handler of a second run would be
+// another's. It looks at what the run asks the request's context for, before the run can have
+// changed it.
 type routing struct {
 	context.Context
 	path string

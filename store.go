@@ -24,15 +24,16 @@ import (
 const (
 	// defaultPrefix is that of scs's own etcdstore.
 	defaultPrefix = "scs:session:"
-	// reserved begins the part of a prefix that holds what is not a session: leases, locks. It sorts behind every
-	// token that scs makes, so that one range holds all of a store, and [prefix, prefix+reserved) its sessions.
+	// reserved begins the part of a prefix that holds what is not a session: leases, locks. It
+	// sorts behind every token that scs makes, so that one range holds all of a store, and [prefix,
+	// prefix+reserved) its sessions.
 	reserved = "~"
 	// maxToken bounds a token. Those of scs have 43 bytes.
 	maxToken = 512
 )
 
-// EtcdStore is a session store on etcd for scs. It is safe for concurrent use, and a process needs one for each
-// prefix.
+// EtcdStore is a session store on etcd for scs. It is safe for concurrent use, and a process needs
+// one for each prefix.
 type EtcdStore struct {
 	options
 	clock      record.Clock
@@ -63,14 +64,15 @@ var (
 	_ scs.IterableCtxStore = (*EtcdStore)(nil)
 )
 
-// New returns a store for sessions under the prefix "scs:session:", as scs's own etcdstore has it. The client stays
-// the caller's: it must outlive the store, and Close does not close it. New does not talk to etcd.
+// New returns a store for sessions under the prefix "scs:session:", as scs's own etcdstore has it.
+// The client stays the caller's: it must outlive the store, and Close does not close it. New does
+// not talk to etcd.
 func New(client *clientv3.Client, opts ...Option) *EtcdStore {
 	return NewWithPrefix(client, defaultPrefix, opts...)
 }
 
-// NewWithPrefix is New with another prefix, for several applications on one etcd. Stores with different prefixes do
-// not see each other's sessions, also where one prefix begins with the other.
+// NewWithPrefix is New with another prefix, for several applications on one etcd. Stores with
+// different prefixes do not see each other's sessions, also where one prefix begins with the other.
 func NewWithPrefix(client *clientv3.Client, prefix string, opts ...Option) *EtcdStore {
 	return newStore(client, client, prefix, opts)
 }
@@ -88,7 +90,8 @@ func newStore(api etcd.API, client *clientv3.Client, prefix string, opts []Optio
 	return e
 }
 
-// validToken reports whether a session can have this token. It must sort before the reserved part of the prefix.
+// validToken reports whether a session can have this token. It must sort before the reserved part
+// of the prefix.
 func validToken(token string) bool {
 	return token != "" && len(token) <= maxToken && token[0] < reserved[0]
 }
@@ -98,8 +101,9 @@ func (e *EtcdStore) Find(token string) (b []byte, exists bool, err error) {
 	return e.FindCtx(context.Background(), token)
 }
 
-// FindCtx returns the data of the session with this token, as it was at some moment of the call. A token that no
-// session has, or only one that has expired, and a token that no session can have, give false and no error.
+// FindCtx returns the data of the session with this token, as it was at some moment of the call. A
+// token that no session has, or only one that has expired, and a token that no session can have,
+// give false and no error.
 func (e *EtcdStore) FindCtx(ctx context.Context, token string) (b []byte, exists bool, err error) {
 	err = e.call(ctx, "find", func(deadline time.Time) error {
 		if !validToken(token) {
@@ -123,8 +127,8 @@ func (e *EtcdStore) FindCtx(ctx context.Context, token string) (b []byte, exists
 	return b, exists, err
 }
 
-// unreadable tells of stored sessions that cannot be read: they count as not found, so that a user with such a cookie can
-// log in again, and somebody should know.
+// unreadable tells of stored sessions that cannot be read: they count as not found, so that a user
+// with such a cookie can log in again, and somebody should know.
 type unreadable struct {
 	count atomic.Int64
 	said  atomic.Int64 // when that was logged last, in Unix nanoseconds
@@ -143,14 +147,17 @@ func (e *EtcdStore) Commit(token string, b []byte, expiry time.Time) error {
 	return e.CommitCtx(context.Background(), token, b, expiry)
 }
 
-// CommitCtx stores a session until expiry, to the millisecond. An expiry that has passed deletes it.
+// CommitCtx stores a session until expiry, to the millisecond. An expiry that has passed deletes
+// it.
 //
-// In a transaction (a request of net/http is one) the commit is validated against what the transaction read of this
-// session: it is merged with what others changed since, and fails with [ErrConflict] where they changed the same key, or
-// with [ErrSessionGone] where the session was deleted or has expired. Outside of one it overwrites.
+// In a transaction (a request of net/http is one) the commit is validated against what the
+// transaction read of this session: it is merged with what others changed since, and fails with
+// [ErrConflict] where they changed the same key, or with [ErrSessionGone] where the session was
+// deleted or has expired. Outside of one it overwrites.
 //
-// Other errors are [ErrInvalidToken], [ErrTooLarge], [ErrClosed], and [ErrOutcomeUnknown] where the context or the
-// time-out ends the call after the commit was sent. After every other error nothing was written.
+// Other errors are [ErrInvalidToken], [ErrTooLarge], [ErrClosed], and [ErrOutcomeUnknown] where the
+// context or the time-out ends the call after the commit was sent. After every other error nothing
+// was written.
 func (e *EtcdStore) CommitCtx(ctx context.Context, token string, b []byte, expiry time.Time) error {
 	t, from := e.transactionOf(ctx), e.sourceOf(ctx, token, b)
 	if len(from.renewed) > 0 { // the session is deleted already: a browser that leaves must not lose its user the next
@@ -211,9 +218,10 @@ func (e *EtcdStore) Delete(token string) error {
 	return e.DeleteCtx(context.Background(), token)
 }
 
-// DeleteCtx deletes a session, whatever others make of it meanwhile: requests that read it before cannot commit it any
-// more. Deleting what is not there succeeds. Once it has begun, a delete does not heed the end of its context, but that of its
-// time: RenewToken deletes the old session before the new one is stored, and must not lose both.
+// DeleteCtx deletes a session, whatever others make of it meanwhile: requests that read it before
+// cannot commit it any more. Deleting what is not there succeeds. Once it has begun, a delete does
+// not heed the end of its context, but that of its time: RenewToken deletes the old session before
+// the new one is stored, and must not lose both.
 func (e *EtcdStore) DeleteCtx(ctx context.Context, token string) error {
 	return e.call(ctx, "delete", func(deadline time.Time) error {
 		if !validToken(token) {
@@ -240,8 +248,8 @@ func (e *EtcdStore) delete(ctx context.Context, deadline time.Time, t *transacti
 	r, read := t.read(k)
 	call := commit.Call{Key: e.prefix + k.token, Change: commit.Delete{If: t.preconditions(e), Found: &found}, Hint: r.Version}
 	if !read || e.etcd.Stale() || e.copies.has(k.token) { // a renewal has to know that nobody has deleted it before
-		// What is on its way to the session, of a call that is over perhaps, must not come after the delete. It is looked for
-		// before the read: what is settled by then, the read sees.
+		// What is on its way to the session, of a call that is over perhaps, must not come after
+		// the delete. It is looked for before the read: what is settled by then, the read sees.
 		concerned := e.pipeline.Calls(call.Key) > 0
 		v, err := e.reader.Find(ctx, deadline, call.Key)
 		if err != nil || v.Rev == 0 && !concerned {
@@ -260,11 +268,12 @@ func (e *EtcdStore) All() (map[string][]byte, error) {
 	return e.AllCtx(context.Background())
 }
 
-// AllCtx returns the data of all sessions by token, as they were at one moment of the call. It reads them in pages, but
-// holds all of them in memory. Sessions that cannot be read are left out.
+// AllCtx returns the data of all sessions by token, as they were at one moment of the call. It
+// reads them in pages, but holds all of them in memory. Sessions that cannot be read are left out.
 //
-// With [EtcdStore.Codec], what the session manager makes of it may be committed and deleted as what FindCtx has returned.
-// Without it, the commit of a listed session overwrites what others have committed since.
+// With [EtcdStore.Codec], what the session manager makes of it may be committed and deleted as what
+// FindCtx has returned. Without it, the commit of a listed session overwrites what others have
+// committed since.
 func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 	var all map[string][]byte
 	err := e.call(ctx, "list", func(deadline time.Time) error {
@@ -302,9 +311,9 @@ func (e *EtcdStore) list(ctx context.Context) (map[string]*record.Version, error
 	return versions, err
 }
 
-// call runs one call of the API: counted for Close, and with errors that say what failed. It passes the time at which the
-// call must end. That is no context of its own, since the batches that carry calls end in time by themselves, and a timer
-// for each call costs a good part of a find.
+// call runs one call of the API: counted for Close, and with errors that say what failed. It passes
+// the time at which the call must end. That is no context of its own, since the batches that carry
+// calls end in time by themselves, and a timer for each call costs a good part of a find.
 func (e *EtcdStore) call(ctx context.Context, name string, f func(deadline time.Time) error) error {
 	if !e.enter() {
 		return ErrClosed
@@ -330,10 +339,12 @@ func (e *EtcdStore) enter() bool {
 	return !e.closed
 }
 
-// Close waits for the calls in flight, and for what they left to be settled, revokes the leases that no session is on,
-// and leaves the client open. Later calls return [ErrClosed]; closing again does nothing.
+// Close waits for the calls in flight, and for what they left to be settled, revokes the leases
+// that no session is on, and leaves the client open. Later calls return [ErrClosed]; closing again
+// does nothing.
 //
-// Calling Close is optional: a store that is not used has no goroutines, and every lease ends by itself.
+// Calling Close is optional: a store that is not used has no goroutines, and every lease ends by
+// itself.
 func (e *EtcdStore) Close() error {
 	e.mu.Lock()
 	already := e.closed

@@ -12,16 +12,19 @@ import (
 	"github.com/seed210be38d/etcdstore/internal/session"
 )
 
-// transaction is what a request has read of sessions, its read set, and on what condition it may write.
+// transaction is what a request has read of sessions, its read set, and on what condition it may
+// write.
 //
-// Optimistic concurrency control has three phases. In the read phase Find notes what it returned. The request
-// computes. In the validation and write phase a commit is a compare of the mod revision that was read and a write, in
-// one etcd transaction; where the compare fails, the commit is merged with what is there instead, or fails.
-// (Kung and Robinson, On optimistic methods for concurrency control, ACM TODS 6(2), 1981.)
+// Optimistic concurrency control has three phases. In the read phase Find notes what it returned.
+// The request computes. In the validation and write phase a commit is a compare of the mod revision
+// that was read and a write, in one etcd transaction; where the compare fails, the commit is merged
+// with what is there instead, or fails. (Kung and Robinson, On optimistic methods for concurrency
+// control, ACM TODS 6(2), 1981.)
 type transaction struct {
-	// request says that this is a request's transaction, with a session manager between the store and the application. The
-	// manager reads a session once, and keeps what it read: a further Find, as MergeSession makes, is not what the
-	// application changes and commits. So the first read counts there, and the last where Begin was called.
+	// request says that this is a request's transaction, with a session manager between the store
+	// and the application. The manager reads a session once, and keeps what it read: a further
+	// Find, as MergeSession makes, is not what the application changes and commits. So the first
+	// read counts there, and the last where Begin was called.
 	request bool
 	rerun   bool // by Retry: whether it has an effect is looked at
 
@@ -35,7 +38,8 @@ type transaction struct {
 	guards  []*guard        // of Exclusive
 }
 
-// guard is a lock that a request holds, until it is released: what the request writes to the lock's store compares it.
+// guard is a lock that a request holds, until it is released: what the request writes to the lock's
+// store compares it.
 type guard struct {
 	store    *EtcdStore
 	held     commit.Precondition
@@ -57,12 +61,13 @@ type loss struct {
 // contextKey is the key of a context's transaction.
 type contextKey struct{}
 
-// Begin returns a context that carries a new transaction. What FindCtx and AllCtx return in it is validated when
-// CommitCtx and DeleteCtx write: a commit never overwrites what the transaction has not seen.
+// Begin returns a context that carries a new transaction. What FindCtx and AllCtx return in it is
+// validated when CommitCtx and DeleteCtx write: a commit never overwrites what the transaction has
+// not seen.
 //
-// Requests of net/http need no Begin: each is a transaction by itself. It is for everything else that reads and
-// then writes sessions, such as a job, or an RPC handler. A transaction ends with its context and needs no other
-// end; it may be used by several goroutines.
+// Requests of net/http need no Begin: each is a transaction by itself. It is for everything else
+// that reads and then writes sessions, such as a job, or an RPC handler. A transaction ends with
+// its context and needs no other end; it may be used by several goroutines.
 func Begin(ctx context.Context) context.Context {
 	return context.WithValue(ctx, contextKey{}, newTransaction())
 }
@@ -85,9 +90,10 @@ func explicit(ctx context.Context) *transaction {
 
 // implicitTransactions holds the transactions of requests of net/http that did not begin one.
 //
-// scs derives all contexts of a request from the request's own with values alone, so they share its Done channel, and
-// that names the request. The entry goes when the request ends. Only contexts with http.ServerContextKey count: others
-// may live as long as the process and serve many logical requests.
+// scs derives all contexts of a request from the request's own with values alone, so they share its
+// Done channel, and that names the request. The entry goes when the request ends. Only contexts
+// with http.ServerContextKey count: others may live as long as the process and serve many logical
+// requests.
 type implicitTransactions struct {
 	mu     sync.Mutex
 	byDone map[<-chan struct{}]*transaction
@@ -126,8 +132,8 @@ func (i *implicitTransactions) len() int {
 
 // transactionOf returns the transaction that ctx belongs to, or nil.
 //
-// A commit looks at the end of its context after this, not before: an implicit transaction goes with its request, and
-// a commit that no longer found it would overwrite.
+// A commit looks at the end of its context after this, not before: an implicit transaction goes
+// with its request, and a commit that no longer found it would overwrite.
 func (e *EtcdStore) transactionOf(ctx context.Context) *transaction {
 	if t := explicit(ctx); t != nil {
 		return t
@@ -135,8 +141,8 @@ func (e *EtcdStore) transactionOf(ctx context.Context) *transaction {
 	return e.implicit.of(ctx)
 }
 
-// note adds what a Find returned to the read set. Where a commit has lost, the application reads again to try again. A nil
-// transaction has no read set.
+// note adds what a Find returned to the read set. Where a commit has lost, the application reads
+// again to try again. A nil transaction has no read set.
 func (t *transaction) note(k readKey, r session.Read) {
 	if t == nil {
 		return
@@ -175,7 +181,8 @@ func (t *transaction) wrote(k readKey, r session.Read) {
 	t.lost = slices.DeleteFunc(t.lost, func(l loss) bool { return l.readKey == k })
 }
 
-// guardWith has the transaction's writes to a store compare that a lock is held, until the function that it returns is called.
+// guardWith has the transaction's writes to a store compare that a lock is held, until the function
+// that it returns is called.
 func (t *transaction) guardWith(e *EtcdStore, held commit.Precondition) (release func()) {
 	g := &guard{store: e, held: held}
 	t.mu.Lock()
@@ -233,8 +240,8 @@ func (t *transaction) hasLost(k readKey) bool {
 	return slices.ContainsFunc(t.lost, func(l loss) bool { return l.readKey == k })
 }
 
-// outcome returns with which session, and why, the transaction has lost first, and whether it had written anything by then;
-// the error is nil if it has not lost.
+// outcome returns with which session, and why, the transaction has lost first, and whether it had
+// written anything by then; the error is nil if it has not lost.
 func (t *transaction) outcome() (token string, err error, written bool) { //nolint:revive // the error is a value here
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -261,7 +268,8 @@ func (t *transaction) hasEffect() bool {
 // reruns reports whether the transaction is a further run of Retry's.
 func (t *transaction) reruns() bool { return t != nil && t.rerun }
 
-// wroteSomething notes that a call under the transaction's context has written; changes says that values have changed.
+// wroteSomething notes that a call under the transaction's context has written; changes says that
+// values have changed.
 func (t *transaction) wroteSomething(changes bool) {
 	if t == nil {
 		return

@@ -13,17 +13,18 @@ import (
 	"github.com/seed210be38d/etcdstore/internal/session"
 )
 
-// Update reads a session, runs fn on its values, and commits what fn left in the map. Where others commit in between,
-// fn runs again on what they left; so it should do nothing but change the map, soon, and in the same way each time. It
-// never runs after Update has returned. The session's expiry and deadline stay as they are, and where fn changes
-// nothing, nothing is written.
+// Update reads a session, runs fn on its values, and commits what fn left in the map. Where others
+// commit in between, fn runs again on what they left; so it should do nothing but change the map,
+// soon, and in the same way each time. It never runs after Update has returned. The session's
+// expiry and deadline stay as they are, and where fn changes nothing, nothing is written.
 //
-// fn runs on a goroutine of the store. A panic of it reaches Update's caller, and where it ends its goroutine
-// (runtime.Goexit, as testing.T.FailNow does), the Update fails.
+// fn runs on a goroutine of the store. A panic of it reaches Update's caller, and where it ends its
+// goroutine (runtime.Goexit, as testing.T.FailNow does), the Update fails.
 //
-// An error of fn aborts, and Update returns it as it is. Where there is no such session, or it goes meanwhile, the
-// error is ErrSessionGone. Update stands outside of a transaction in ctx: the read
-// set does not change. But a run of Retry that has updated a session has written, and is not repeated.
+// An error of fn aborts, and Update returns it as it is. Where there is no such session, or it goes
+// meanwhile, the error is ErrSessionGone. Update stands outside of a transaction in ctx: the read
+// set does not change. But a run of Retry that has updated a session has written, and is not
+// repeated.
 func (e *EtcdStore) Update(ctx context.Context, token string, fn func(values map[string]any) error) error {
 	if !validToken(token) {
 		return ErrSessionGone

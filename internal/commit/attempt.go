@@ -144,8 +144,8 @@ func (a *attempt) writeOps() (ops []clientv3.Op) {
 	return ops
 }
 
-// keys returns what tells why a's compares have failed: the key, that of the lease where it is a new one, and those of the
-// preconditions.
+// keys returns what tells why a's compares have failed: the key, that of the lease where it is a
+// new one, and those of the preconditions.
 func (a *attempt) keys() []string {
 	keys := []string{a.queue.key}
 	if a.seat.Taken() {
@@ -157,9 +157,10 @@ func (a *attempt) keys() []string {
 	return keys
 }
 
-// asks reports whether a has an Else in a batch. Where it need not be known why the compare failed, it has none: a key
-// that is still at its base when it is read later was so when the compare failed. That does not hold where the base is an
-// absent key, which may have been there in between; nor can a precondition be read later.
+// asks reports whether a has an Else in a batch. Where it need not be known why the compare failed,
+// it has none: a key that is still at its base when it is read later was so when the compare
+// failed. That does not hold where the base is an absent key, which may have been there in between;
+// nor can a precondition be read later.
 func (a *attempt) asks() bool { return a.base.Rev == 0 || len(a.guards) > 0 }
 
 // batchOp returns the request for a batch: a lone attempt as it is, several as nested Txns.
@@ -199,7 +200,8 @@ func (a *attempt) relate(current *record.Version) relation {
 	return later
 }
 
-// mayPrecede reports whether current, which is a version, may be a later one than one that a has written unnoticed.
+// mayPrecede reports whether current, which is a version, may be a later one than one that a has
+// written unnoticed.
 func (a *attempt) mayPrecede(current *record.Version) bool {
 	switch {
 	case current.Rev <= a.since:

@@ -1,25 +1,28 @@
-// Package commit is the write path of a store: group commit, exactly once, of changes to keys and of what stands with them.
-// It knows neither sessions nor what a change means.
+// Package commit is the write path of a store: group commit, exactly once, of changes to keys and
+// of what stands with them. It knows neither sessions nor what a change means.
 //
 // # The algorithm
 //
-// Changes queue per key. While batches are in flight the queues grow; when the limiter lets a batch go, its worker takes
-// many keys at once and, for each, folds the changes that wait, in order, over the latest version that it knows, into one
-// new version. What is sent is one Txn of nested Txns, one a key:
+// Changes queue per key. While batches are in flight the queues grow; when the limiter lets a batch
+// go, its worker takes many keys at once and, for each, folds the changes that wait, in order, over
+// the latest version that it knows, into one new version. What is sent is one Txn of nested Txns,
+// one a key:
 //
 //	If(mod revision is the version's, preconditions) Then(one write, and what stands with it)
 //
-// So a batch costs one round trip and one Raft entry, and a key that 64 calls change at once costs a few writes instead
-// of 64 rounds of losing and trying again. A lone key goes un-nested.
+// So a batch costs one round trip and one Raft entry, and a key that 64 calls change at once costs
+// a few writes instead of 64 rounds of losing and trying again. A lone key goes un-nested.
 //
-// If the compare succeeded, the folded changes have happened, in their order, at one revision. If it failed, the key is
-// read, in the Else or by a read of its own: either the write is in it or in its history, applied by a send whose answer was
-// lost, or the changes are folded again over what it shows.
+// If the compare succeeded, the folded changes have happened, in their order, at one revision. If
+// it failed, the key is read, in the Else or by a read of its own: either the write is in it or in
+// its history, applied by a send whose answer was lost, or the changes are folded again over what
+// it shows.
 //
 // # Steps
 //
-// An attempt to write a fold is in one of a few steps. One loop (drive) takes attempts through them, those at the same step
-// together; a pure function (decide) says from what is known of an attempt and what was answered where it goes next.
+// An attempt to write a fold is in one of a few steps. One loop (drive) takes attempts through
+// them, those at the same step together; a pure function (decide) says from what is known of an
+// attempt and what was answered where it goes next.
 //
 //	toSeat  -> toSend | ended                   a lease was found | none can be had
 //	toSend  -> ended                            applied | folded again | refused for good
@@ -30,42 +33,46 @@
 //	toRead  -> toSend | toSeat | toTrace | ended
 //	toTrace -> toSend | ended
 //
-// Each step is one request, and leads to itself when that was not answered. Before each, the calls whose time is up are
-// ended, and the attempt with its last call.
+// Each step is one request, and leads to itself when that was not answered. Before each, the calls
+// whose time is up are ended, and the attempt with its last call.
 //
 // # Invariants
 //
-//   - A key is in at most one attempt at a time, and its changes take effect in the order in which they came. Different
-//     keys are independent.
-//   - A change runs over what etcd holds, or over a guess that the compare validates. What it makes of a guess, an error
-//     included, counts only if that compare succeeds.
-//   - An attempt whose outcome is unknown is sent again as it is, with the same compare and the same write id, until
-//     etcd gives a definite answer or the time of its calls is up. It is never folded again before, because an earlier
-//     send may still be applied, and one revision must not have two candidates that both count as ours.
-//   - An attempt to create has no revision to compare that will never come back, so it also compares the fence of its
-//     lease. If its outcome is unknown, the fence is moved first; then the key and its history show what became of it,
-//     for good.
-//   - One change's failure is its own: a batch that etcd refuses as a whole is sent again key by key, and a fold change by
-//     change.
-//   - The application's code runs beside the worker, never on it: a slow change delays its own key, and one that ends its
-//     goroutine its own call.
+//   - A key is in at most one attempt at a time, and its changes take effect in the order in which
+//     they came. Different keys are independent.
+//   - A change runs over what etcd holds, or over a guess that the compare validates. What it makes
+//     of a guess, an error included, counts only if that compare succeeds.
+//   - An attempt whose outcome is unknown is sent again as it is, with the same compare and the
+//     same write id, until etcd gives a definite answer or the time of its calls is up. It is never
+//     folded again before, because an earlier send may still be applied, and one revision must not
+//     have two candidates that both count as ours.
+//   - An attempt to create has no revision to compare that will never come back, so it also
+//     compares the fence of its lease. If its outcome is unknown, the fence is moved first; then
+//     the key and its history show what became of it, for good.
+//   - One change's failure is its own: a batch that etcd refuses as a whole is sent again key by
+//     key, and a fold change by change.
+//   - The application's code runs beside the worker, never on it: a slow change delays its own key,
+//     and one that ends its goroutine its own call.
 //
 // # Ownership
 //
-// Pipeline.mu guards the queues, what is ready, the limiter, of each queue what is pending and its attempt, of an attempt
-// whether it was sent and which calls it has, and of a call what etcd said last. Everything else of an attempt, and what its
-// queue knows of the key, belongs to the goroutine that drives it. A call's results belong to the attempt until done is
-// closed, and then to the caller.
+// Pipeline.mu guards the queues, what is ready, the limiter, of each queue what is pending and its
+// attempt, of an attempt whether it was sent and which calls it has, and of a call what etcd said
+// last. Everything else of an attempt, and what its queue knows of the key, belongs to the
+// goroutine that drives it. A call's results belong to the attempt until done is closed, and then
+// to the caller.
 //
 // Lock order: call.running, then Pipeline.mu, then the lease pool's.
 //
 // # Rejected
 //
-// A queue of etcd operations instead of changes: a conflict could not be merged without going back to its caller, which is
-// the compare-and-swap loop again. Batches over the whole Txn with one compare each and no nesting: one conflict would fail
-// all. An Else(Get) for every key of a batch: each is three messages more in the request, which the client, the leader's
-// gRPC, and Raft on every member encode and decode, a sixth of what a commit costs, to save a round trip where processes
-// contend. A lock per key: a round trip more for everyone, and somebody has to release it.
+// A queue of etcd operations instead of changes: a conflict could not be merged without going back
+// to its caller, which is the compare-and-swap loop again. Batches over the whole Txn with one
+// compare each and no nesting: one conflict would fail all. An Else(Get) for every key of a batch:
+// each is three messages more in the request, which the client, the leader's gRPC, and Raft on
+// every member encode and decode, a sixth of what a commit costs, to save a round trip where
+// processes contend. A lock per key: a round trip more for everyone, and somebody has to release
+// it.
 //
 // No goroutine runs while nothing waits. The rule for when a batch may go is the limiter's.
 package commit
@@ -98,15 +105,16 @@ var (
 	errExited    = errors.New("etcdstore: the application's code ended its goroutine")
 )
 
-// A Change is a change of one key: a function from its current state to what is to be written. It must be pure, as it
-// runs again when its outcome did not count.
+// A Change is a change of one key: a function from its current state to what is to be written. It
+// must be pure, as it runs again when its outcome did not count.
 type Change interface {
 	// Next returns what is to be written over cur.
 	Next(cur State) (Write, error)
-	// Direct reports whether Next(cur) runs none of the application's code, and so neither takes its time nor panics nor
-	// ends its goroutine.
+	// Direct reports whether Next(cur) runs none of the application's code, and so neither takes
+	// its time nor panics nor ends its goroutine.
 	Direct(cur State) bool
-	// Prepare does in advance what Next may need. The caller's goroutine runs it while others are in flight.
+	// Prepare does in advance what Next may need. The caller's goroutine runs it while others are
+	// in flight.
 	Prepare()
 }
 
@@ -117,11 +125,12 @@ type State struct {
 	Rev   int64 // its mod revision; 0 where a change in the same fold made the value
 	Now   record.Millis
 
-	// The revision that created its key, which tells the value from others under the key; -1: not known yet.
+	// The revision that created its key, which tells the value from others under the key; -1: not
+	// known yet.
 	Born int64
 
-	// A value that has ended, where the key holds one, and the revision that created its key. To a change that does not know
-	// it, it is as none.
+	// A value that has ended, where the key holds one, and the revision that created its key. To a
+	// change that does not know it, it is as none.
 	Ended     record.Value
 	EndedBorn int64
 
@@ -134,13 +143,13 @@ type Write struct {
 	Also  []record.Entry // what stands with the value, all of it
 	If    []Precondition // changes with different ones are not folded
 
-	// Renews says that the value goes on from the state's Ended. Else what has ended is deleted first, and the value gets a
-	// key of its own.
+	// Renews says that the value goes on from the state's Ended. Else what has ended is deleted
+	// first, and the value gets a key of its own.
 	Renews bool
 }
 
-// Precondition is a condition besides the key's revision on which a change may take effect. It must be one that does not come
-// true again once it has failed.
+// Precondition is a condition besides the key's revision on which a change may take effect. It must
+// be one that does not come true again once it has failed.
 type Precondition struct {
 	Cmp clientv3.Cmp // of a key's mod or create revision, or its version
 	Err error        // what it means that it does not hold
@@ -223,9 +232,10 @@ func New(c *etcd.Client, leases *lease.Pool, reader *read.Reader, prefix string,
 	return p
 }
 
-// Do makes a change and returns the version that stores it, or what was folded over it. It ends with the deadline, or with the
-// attempt that is under way by then, or when ctx ends: then the error is ErrUnknown where the change may have reached etcd,
-// and it goes on to its end within its deadline; else it will not take effect. A panic of the change is the caller's.
+// Do makes a change and returns the version that stores it, or what was folded over it. It ends
+// with the deadline, or with the attempt that is under way by then, or when ctx ends: then the
+// error is ErrUnknown where the change may have reached etcd, and it goes on to its end within its
+// deadline; else it will not take effect. A panic of the change is the caller's.
 func (p *Pipeline) Do(ctx context.Context, deadline time.Time, c Call) (*record.Version, error) {
 	o := &call{Call: c, deadline: deadline, done: make(chan struct{})}
 	if p.enqueue(o) {
@@ -260,7 +270,8 @@ func (p *Pipeline) enqueue(o *call) (contended bool) {
 	return contended
 }
 
-// Calls returns how many calls are on their way to a key, those included that are over for their callers.
+// Calls returns how many calls are on their way to a key, those included that are over for their
+// callers.
 func (p *Pipeline) Calls(key string) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -284,8 +295,8 @@ func (p *Pipeline) Idle() bool {
 	return len(p.queues) == 0 && len(p.ready) == 0 && p.limiter.Idle()
 }
 
-// withdraw takes back a call whose context has ended, and returns what it returns: nil where it is done and knows that
-// itself.
+// withdraw takes back a call whose context has ended, and returns what it returns: nil where it is
+// done and knows that itself.
 func (p *Pipeline) withdraw(ctx context.Context, o *call) error {
 	p.mu.Lock()
 	select {
@@ -321,8 +332,8 @@ func (p *Pipeline) finish(o *call, err error) {
 	p.calls.Done()
 }
 
-// abandon is finish for a call of which it is not known what its change would have come to: one that panicked has perhaps
-// done so over a state that never was.
+// abandon is finish for a call of which it is not known what its change would have come to: one
+// that panicked has perhaps done so over a state that never was.
 //
 // REQUIRES: mu is held.
 func (p *Pipeline) abandon(o *call, err error) {

@@ -164,8 +164,8 @@ func decideRefused(f facts, class etcd.Class) decision {
 	return again
 }
 
-// decideSeen is decide for a key that was read after the compare had failed, or after a send was refused for want of space,
-// or after the fence was moved: no earlier send can be applied any more.
+// decideSeen is decide for a key that was read after the compare had failed, or after a send was
+// refused for want of space, or after the fence was moved: no earlier send can be applied any more.
 func decideSeen(f facts, ans answer) decision {
 	trace := decision{step: toTrace, doubt: f.doubt, lone: f.lone, noSpace: f.noSpace}
 	switch {
@@ -176,7 +176,8 @@ func decideSeen(f facts, ans answer) decision {
 	case ans.relation == atBase && ans.fence == fenceMoved:
 		return decision{step: toSend}
 	case ans.relation == atBase && ans.fence == fenceLost:
-		// The attempt keeps its write id, since an earlier send of it may have been applied before that.
+		// The attempt keeps its write id, since an earlier send of it may have been applied before
+		// that.
 		return decision{step: toSeat}
 	case ans.relation == atBase && ans.breached:
 		return end(breach)
@@ -205,7 +206,8 @@ func decideTraced(f facts, ans answer) decision {
 	return end(foldAgain)
 }
 
-// refusedForSpace is where an attempt goes that was refused for want of space, and was not applied all the same.
+// refusedForSpace is where an attempt goes that was refused for want of space, and was not applied
+// all the same.
 func refusedForSpace(f facts) decision {
 	if f.lone {
 		return end(fails)

@@ -15,16 +15,17 @@ import (
 )
 
 const (
-	// batchBytes bounds the values of a batch. etcd measures a request as it is proposed to Raft, and takes
-	// 1.5 MiB of it.
+	// batchBytes bounds the values of a batch. etcd measures a request as it is proposed to Raft,
+	// and takes 1.5 MiB of it.
 	batchBytes = 512 << 10
-	// aloneBytes is the value size from which a key travels alone, so that it neither delays small ones nor
-	// has them share in its being too large.
+	// aloneBytes is the value size from which a key travels alone, so that it neither delays small
+	// ones nor has them share in its being too large.
 	aloneBytes = 32 << 10
 )
 
-// drive takes attempts through their steps until each has ended. Attempts at the same step take it in one request; where
-// their ways part, those that leave are driven by a goroutine of their own, so that none holds up another.
+// drive takes attempts through their steps until each has ended. Attempts at the same step take it
+// in one request; where their ways part, those that leave are driven by a goroutine of their own,
+// so that none holds up another.
 func (p *Pipeline) drive(attempts []*attempt) {
 	for b := (etcd.Backoff{}); ; {
 		attempts = slices.DeleteFunc(attempts, func(a *attempt) bool { return a.step == ended || p.overdue(a) })
@@ -66,9 +67,9 @@ func (p *Pipeline) pause(attempts []*attempt, b *etcd.Backoff) {
 	b.Wait(ctx)
 }
 
-// overdue ends the calls of an attempt whose time is up. It reports whether that ends the attempt. Calls that came later have
-// the time that they were given: they go on with the attempt, or, if no send of it can be applied any more, are folded again
-// without those that have ended.
+// overdue ends the calls of an attempt whose time is up. It reports whether that ends the attempt.
+// Calls that came later have the time that they were given: they go on with the attempt, or, if no
+// send of it can be applied any more, are folded again without those that have ended.
 func (p *Pipeline) overdue(a *attempt) bool {
 	now := time.Now()
 	late := func(o *call) bool { return !o.deadline.After(now) }
@@ -108,8 +109,8 @@ func (p *Pipeline) attach(attempts []*attempt) {
 	}
 }
 
-// parcels groups attempts that take their next step together: in the requests of a send within the limits on operations and
-// on bytes; a history is read for one key.
+// parcels groups attempts that take their next step together: in the requests of a send within the
+// limits on operations and on bytes; a history is read for one key.
 func (p *Pipeline) parcels(attempts []*attempt) (parcels [][]*attempt) {
 	var together [ended][]*attempt
 	bytes := 0
@@ -136,7 +137,8 @@ func (p *Pipeline) parcels(attempts []*attempt) (parcels [][]*attempt) {
 	return parcels
 }
 
-// take takes the next step of attempts that are at the same one. It returns what etcd answered if that was an error.
+// take takes the next step of attempts that are at the same one. It returns what etcd answered if
+// that was an error.
 func (p *Pipeline) take(attempts []*attempt, timeout time.Duration) error {
 	switch attempts[0].step {
 	case toSeat:
@@ -152,7 +154,8 @@ func (p *Pipeline) take(attempts []*attempt, timeout time.Duration) error {
 	}
 }
 
-// firstDeadline returns when the time of the first call is up that waits for one of the attempts, or behind it.
+// firstDeadline returns when the time of the first call is up that waits for one of the attempts,
+// or behind it.
 func (p *Pipeline) firstDeadline(attempts []*attempt) time.Time {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -214,8 +217,9 @@ func (p *Pipeline) send(batch []*attempt, timeout time.Duration) error {
 	return nil
 }
 
-// markSent marks attempts as sent, from where on their callers can no longer be told that nothing happened. Attempts
-// with a call that was told so already are folded again without it. It returns those that may be sent.
+// markSent marks attempts as sent, from where on their callers can no longer be told that nothing
+// happened. Attempts with a call that was told so already are folded again without it. It returns
+// those that may be sent.
 func (p *Pipeline) markSent(batch []*attempt) []*attempt {
 	latest := p.client.Latest()
 	var marked, dropped []*attempt
@@ -281,7 +285,8 @@ func (p *Pipeline) fence(attempts []*attempt, timeout time.Duration) (last error
 	return last
 }
 
-// read reads the keys of attempts, and what else their compares are about, through the reader's batches.
+// read reads the keys of attempts, and what else their compares are about, through the reader's
+// batches.
 func (p *Pipeline) read(attempts []*attempt) (last error) {
 	var keys []string
 	for _, a := range attempts {
@@ -360,7 +365,8 @@ func (p *Pipeline) see(a *attempt, versions []*record.Version) {
 	p.advance(a, ans)
 }
 
-// reseat takes the mod revision that the key of an attempt's lease turned out to have, where that is not the fence.
+// reseat takes the mod revision that the key of an attempt's lease turned out to have, where that
+// is not the fence.
 func (p *Pipeline) reseat(a *attempt, rev int64) fence {
 	s, usable := p.leases.Refenced(a.seat, rev)
 	if !usable {

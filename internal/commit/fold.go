@@ -19,7 +19,8 @@ type queue struct {
 	known   *record.Version // the latest that an answer has shown
 }
 
-// offer makes a queue ready if it has something to send and no attempt, and forgets it if it has neither.
+// offer makes a queue ready if it has something to send and no attempt, and forgets it if it has
+// neither.
 //
 // REQUIRES: mu is held.
 func (p *Pipeline) offer(q *queue) {
@@ -56,9 +57,9 @@ func (p *Pipeline) work() {
 	p.drive(p.foldAll(batch))
 }
 
-// foldAll folds the attempts of a batch, and returns those that go with it. What cannot be folded without the application's
-// code is folded apart, all at a time. The batch waits for that, but no longer than patience: what takes more time goes with
-// a later one.
+// foldAll folds the attempts of a batch, and returns those that go with it. What cannot be folded
+// without the application's code is folded apart, all at a time. The batch waits for that, but no
+// longer than patience: what takes more time goes with a later one.
 func (p *Pipeline) foldAll(batch []*attempt) []*attempt {
 	g := &gathering{done: make(chan struct{})}
 	var apart []*attempt
@@ -91,11 +92,12 @@ func (p *Pipeline) foldAll(batch []*attempt) []*attempt {
 	return g.folded
 }
 
-// patience is how long a batch waits for the application's code. A merge takes far less; a function of the application that
-// takes long delays the keys of its batch by this, once.
+// patience is how long a batch waits for the application's code. A merge takes far less; a function
+// of the application that takes long delays the keys of its batch by this, once.
 const patience = time.Millisecond
 
-// gathering is a batch that waits for what is folded apart. Once that has begun, Pipeline.mu guards it.
+// gathering is a batch that waits for what is folded apart. Once that has begun, Pipeline.mu guards
+// it.
 type gathering struct {
 	folded  []*attempt
 	missing int
@@ -103,8 +105,8 @@ type gathering struct {
 	left    bool          // it waits no more
 }
 
-// take moves the calls that are folded next from the queue to the attempt. A fold is of those that came before the first that
-// goes alone.
+// take moves the calls that are folded next from the queue to the attempt. A fold is of those that
+// came before the first that goes alone.
 //
 // REQUIRES: mu is held.
 func (a *attempt) take() {
@@ -123,8 +125,8 @@ func (a *attempt) take() {
 	q.pending = q.pending[n:]
 }
 
-// foldApart folds an attempt whose changes run the application's code, and hands it to the batch that waits for it. It runs
-// in a goroutine of its own.
+// foldApart folds an attempt whose changes run the application's code, and hands it to the batch
+// that waits for it. It runs in a goroutine of its own.
 func (p *Pipeline) foldApart(a *attempt, g *gathering) {
 	exited := a.exited()
 	returned := false
@@ -199,12 +201,14 @@ func (o *call) run(cur State) {
 // made reports whether the change has run to a result.
 func (o *call) made() bool { return o.err == nil && o.panicked == nil }
 
-// fold runs an attempt's changes in order over the latest version that is known, and decides what the attempt writes. Where
-// all of them fail, nothing is sent, and the attempt is ended. It reports false, and has done nothing, where it would have to
-// run the application's code and is not called apart.
+// fold runs an attempt's changes in order over the latest version that is known, and decides what
+// the attempt writes. Where all of them fail, nothing is sent, and the attempt is ended. It reports
+// false, and has done nothing, where it would have to run the application's code and is not called
+// apart.
 //
-// A fold ends with a delete, and a value that has ended is deleted before another is made under its key: so each value has a
-// key that was created for it, and whoever has read an earlier one finds out.
+// A fold ends with a delete, and a value that has ended is deleted before another is made under its
+// key: so each value has a key that was created for it, and whoever has read an earlier one finds
+// out.
 func (p *Pipeline) fold(a *attempt, apart bool) bool {
 	a.base = newest(a.queue.known, a.calls)
 	f := startFold(a.base, p.now())
@@ -232,8 +236,8 @@ func (p *Pipeline) fold(a *attempt, apart bool) bool {
 	return true
 }
 
-// newest returns the latest of the versions that are known. Where none is, it is a guess: that the key is absent, as it is
-// for a fresh one.
+// newest returns the latest of the versions that are known. Where none is, it is a guess: that the
+// key is absent, as it is for a fresh one.
 func newest(known *record.Version, calls []*call) *record.Version {
 	if known == nil {
 		known = &record.Version{}
@@ -246,7 +250,8 @@ func newest(known *record.Version, calls []*call) *record.Version {
 	return known
 }
 
-// regroup leaves the attempt the calls that are folded, ends those that came too late, and puts the rest back.
+// regroup leaves the attempt the calls that are folded, ends those that came too late, and puts the
+// rest back.
 func (p *Pipeline) regroup(a *attempt, folded, late, rest []*call) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -288,7 +293,8 @@ func startFold(base *record.Version, now record.Millis) *folding {
 	return f
 }
 
-// add takes in what a change has made. It reports false where that cannot go with what was folded before.
+// add takes in what a change has made. It reports false where that cannot go with what was folded
+// before.
 func (f *folding) add(o *call) bool {
 	if o.made() && o.write.Value != nil && f.base.Err != nil {
 		o.err = f.base.Err
@@ -341,8 +347,8 @@ func (p *Pipeline) prepare(a *attempt, f *folding) {
 	}
 }
 
-// encode makes the record that an attempt puts. It stays on the key's lease where that covers it; else the attempt needs a
-// seat on another.
+// encode makes the record that an attempt puts. It stays on the key's lease where that covers it;
+// else the attempt needs a seat on another.
 func (p *Pipeline) encode(a *attempt) {
 	payload, err := a.final.Encode()
 	if err != nil {

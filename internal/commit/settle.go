@@ -54,7 +54,8 @@ func (a *attempt) found() *record.Version {
 	return &v
 }
 
-// foldAgain has an attempt's changes folded again, over current. It was not applied, and will not be.
+// foldAgain has an attempt's changes folded again, over current. It was not applied, and will not
+// be.
 func (p *Pipeline) foldAgain(a *attempt, current *record.Version) {
 	p.leave(a)
 	a.step = ended
@@ -72,7 +73,8 @@ func (p *Pipeline) release(q *queue, known *record.Version) {
 	p.offer(q)
 }
 
-// settle tells an attempt's callers what came of it. v is the key as it is known to be by now, nil if it is not.
+// settle tells an attempt's callers what came of it. v is the key as it is known to be by now, nil
+// if it is not.
 func (p *Pipeline) settle(a *attempt, v *record.Version) { p.settleAs(a, v, v) }
 
 // settleAs is settle where the key has changed since it was as stored.
@@ -87,7 +89,8 @@ func (p *Pipeline) settleAs(a *attempt, stored, known *record.Version) {
 	}
 }
 
-// fail ends an attempt that was refused for good, and not applied. Where it is a fold, each of its changes is tried alone.
+// fail ends an attempt that was refused for good, and not applied. Where it is a fold, each of its
+// changes is tried alone.
 func (p *Pipeline) fail(a *attempt, err error) {
 	if len(a.calls) > 1 {
 		for _, o := range a.calls {
@@ -106,8 +109,8 @@ func (p *Pipeline) fail(a *attempt, err error) {
 	p.settle(a, a.base)
 }
 
-// giveUp ends an attempt that could not be settled. What it does not write was not written, whatever became of it: where
-// there is time, that is folded again.
+// giveUp ends an attempt that could not be settled. What it does not write was not written,
+// whatever became of it: where there is time, that is folded again.
 func (p *Pipeline) giveUp(a *attempt, cause error) {
 	if a.step == toFence {
 		p.leases.RefenceLater(a.seat)
@@ -131,7 +134,8 @@ func (p *Pipeline) giveUp(a *attempt, cause error) {
 	p.release(a.queue, nil)
 }
 
-// untilNow is the cause of a call's end, with what etcd said last where that is the end of its time.
+// untilNow is the cause of a call's end, with what etcd said last where that is the end of its
+// time.
 func untilNow(cause, last error) error {
 	if errors.Is(cause, context.DeadlineExceeded) {
 		return etcd.Ended(context.DeadlineExceeded, last)

@@ -1,5 +1,5 @@
-// Package etcd is etcd as the store sees it: what it needs of a client, what the answers have told, what errors mean, and
-// when a request is sent again.
+// Package etcd is etcd as the store sees it: what it needs of a client, what the answers have told,
+// what errors mean, and when a request is sent again.
 package etcd
 
 import (
@@ -11,10 +11,10 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// AttemptTimeout bounds one request to etcd. It is far below the server's own time-out, so that the client
-// hardly ever resends a write behind our back because the server gave up on it (client/v3/retry_interceptor.go), and so
-// that the next attempt reaches another member soon after a leader is lost. It doubles, up to twice, when attempts
-// keep running out of time.
+// AttemptTimeout bounds one request to etcd. It is far below the server's own time-out, so that the
+// client hardly ever resends a write behind our back because the server gave up on it
+// (client/v3/retry_interceptor.go), and so that the next attempt reaches another member soon after
+// a leader is lost. It doubles, up to twice, when attempts keep running out of time.
 const AttemptTimeout = 500 * time.Millisecond
 
 // API is what the store needs of a *clientv3.Client. Tests put a fake in its place.
@@ -26,8 +26,9 @@ type API interface {
 	AuthStatus(ctx context.Context) (*clientv3.AuthStatusResponse, error)
 }
 
-// MaxBatchKeys is how many sessions a batch takes. etcd allows 128 operations in a Txn: the outer list plus the
-// longest inner one (server/etcdserver/api/v3rpc/key.go), and ours have at most two inside.
+// MaxBatchKeys is how many sessions a batch takes. etcd allows 128 operations in a Txn: the outer
+// list plus the longest inner one (server/etcdserver/api/v3rpc/key.go), and ours have at most two
+// inside.
 const MaxBatchKeys = 120
 
 // Client is etcd, and what its answers have told about it.
@@ -72,7 +73,8 @@ func (c *Client) Send(ctx context.Context, op clientv3.Op) (clientv3.OpResponse,
 	return resp, nil
 }
 
-// isBatch reports whether a request is for several keys. One that is too much by itself says nothing about batches.
+// isBatch reports whether a request is for several keys. One that is too much by itself says
+// nothing about batches.
 func isBatch(op clientv3.Op) bool {
 	cmps, then, _ := op.Txn()
 	return len(cmps) == 0 && len(then) > 1
@@ -89,8 +91,9 @@ func (c *Client) Saw(h *etcdserverpb.ResponseHeader) {
 	}
 }
 
-// Stale reports whether revision is not that of the last second. Whoever is about to write then reads first: what became of
-// a write that fails its compare is told by the history since the revision before it, which must not be long, nor compacted.
+// Stale reports whether revision is not that of the last second. Whoever is about to write then
+// reads first: what became of a write that fails its compare is told by the history since the
+// revision before it, which must not be long, nor compacted.
 func (c *Client) Stale() bool {
 	heard := time.Duration(c.answered.Load())
 	return heard == 0 || time.Since(c.made)-heard > time.Second

@@ -16,8 +16,8 @@ import (
 type Class int
 
 const (
-	// Unknown says that the request may have been applied, or may still be. The zero value, so that an error
-	// that nobody foresaw is never taken for an answer.
+	// Unknown says that the request may have been applied, or may still be. The zero value, so that
+	// an error that nobody foresaw is never taken for an answer.
 	Unknown Class = iota
 	// Rejected says that nothing was applied, and sending the same again gives the same.
 	Rejected
@@ -31,15 +31,16 @@ const (
 	LeaseLost
 	// Compacted says that nothing was applied, the revision that was to be read is compacted.
 	Compacted
-	// NoSpace says that a write was refused for want of space, or, where the quota was crossed by this very
-	// request, applied (server/etcdserver/apply, applierV3 with quota). The answer proves that the request is
-	// not under way any more, so a read settles it, and for a create the history.
+	// NoSpace says that a write was refused for want of space, or, where the quota was crossed by
+	// this very request, applied (server/etcdserver/apply, applierV3 with quota). The answer proves
+	// that the request is not under way any more, so a read settles it, and for a create the
+	// history.
 	NoSpace
 )
 
-// classes lists the errors that say more than 'unknown'. The file that proves each is in etcd's server,
-// version 3.7: api/v3rpc/key.go checks a request before it is proposed; txn/txn.go checks a Txn whole before
-// its first effect; apply/auth.go checks permissions before that.
+// classes lists the errors that say more than 'unknown'. The file that proves each is in etcd's
+// server, version 3.7: api/v3rpc/key.go checks a request before it is proposed; txn/txn.go checks a
+// Txn whole before its first effect; apply/auth.go checks permissions before that.
 var classes = []struct {
 	err   error
 	class Class
@@ -97,8 +98,9 @@ func Unavailable(err error) bool {
 	return clientv3.IsConnCanceled(err) || status.Code(err) == codes.Unavailable
 }
 
-// Ended is the error of a call that its context, or its time, ended. last is what etcd said last, if it
-// said anything: without it 'deadline exceeded' would hide that, say, nothing listens on etcd's port.
+// Ended is the error of a call that its context, or its time, ended. last is what etcd said last,
+// if it said anything: without it 'deadline exceeded' would hide that, say, nothing listens on
+// etcd's port.
 func Ended(ended, last error) error {
 	if last == nil || errors.Is(last, ended) {
 		return ended

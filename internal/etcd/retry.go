@@ -6,8 +6,9 @@ import (
 	"time"
 )
 
-// Retry calls try until it gives a definite answer or ctx ends, each time with a bounded context. It is for
-// requests that may be sent twice. The error is etcd's, or that of ctx with what etcd said last.
+// Retry calls try until it gives a definite answer or ctx ends, each time with a bounded context.
+// It is for requests that may be sent twice. The error is etcd's, or that of ctx with what etcd
+// said last.
 func Retry(ctx context.Context, try func(ctx context.Context) error) error {
 	var b Backoff
 	return b.Retry(ctx, try)

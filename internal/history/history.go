@@ -11,19 +11,23 @@ type Write struct {
 	Since   int64           // a revision that etcd had before it was sent
 }
 
-// Search looks for the version that a write has made. A watch would tell as well, but etcd's watchers catch up with history
-// only every 100 ms, and do not tell where it ends if nothing more happens.
+// Search looks for the version that a write has made. A watch would tell as well, but etcd's
+// watchers catch up with history only every 100 ms, and do not tell where it ends if nothing more
+// happens.
 //
-// A write that compares a revision has made, if it was applied, the version right after its base. As of each revision the
-// key either still is at the base or is not any more, and so the one at which it was overtaken is found as in a sorted list:
-// a request of n reads leaves an n-th of the revisions.
+// A write that compares a revision has made, if it was applied, the version right after its base.
+// As of each revision the key either still is at the base or is not any more, and so the one at
+// which it was overtaken is found as in a sorted list: a request of n reads leaves an n-th of the
+// revisions.
 //
-// A write that compares an absent key has no such order: its key may have come and gone several times. From the end to the
-// start, the first version of each life of the key is looked at, which says when that began; and where the key was absent,
-// every revision until it was not, n in a request.
+// A write that compares an absent key has no such order: its key may have come and gone several
+// times. From the end to the start, the first version of each life of the key is looked at, which
+// says when that began; and where the key was absent, every revision until it was not, n in a
+// request.
 //
-// For a delete, the write is that the base was followed by nothing: if others did that, the delete may as well have come
-// right before, and deleting once more what was created since would be to do it twice.
+// For a delete, the write is that the base was followed by nothing: if others did that, the delete
+// may as well have come right before, and deleting once more what was created since would be to do
+// it twice.
 type Search struct {
 	write Write
 
@@ -51,8 +55,8 @@ func NewSearch(w Write, current *record.Version) *Search {
 // creates reports whether the write compares an absent key.
 func (s *Search) creates() bool { return s.write.Base.Rev == 0 }
 
-// skip has what is left end with the life of the key that v is of, or before that where v is its first version and no other
-// needs to be looked at.
+// skip has what is left end with the life of the key that v is of, or before that where v is its
+// first version and no other needs to be looked at.
 func (s *Search) skip(v *record.Version) {
 	switch {
 	case v.Rev == 0:
@@ -65,7 +69,8 @@ func (s *Search) skip(v *record.Version) {
 	}
 }
 
-// Next returns the revisions to look at, n at most, in ascending order; none where everything was looked at.
+// Next returns the revisions to look at, n at most, in ascending order; none where everything was
+// looked at.
 func (s *Search) Next(n int64) (revs []int64) {
 	switch {
 	case s.creates() && s.to <= s.from:
@@ -132,7 +137,8 @@ func (s *Search) seeLives(revs []int64, versions []*record.Version) {
 	s.to = min(s.to, revs[0]-1)
 }
 
-// Found returns the version that the write has made, nil if there is none, once Next returns nothing.
+// Found returns the version that the write has made, nil if there is none, once Next returns
+// nothing.
 func (s *Search) Found() *record.Version {
 	switch v := s.at; {
 	case s.creates():

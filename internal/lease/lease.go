@@ -16,58 +16,62 @@ import (
 )
 
 const (
-	// Seats is how many sessions a lease takes. With authentication on, etcd checks the permission on
-	// every key of a lease at each Put that names it (server/etcdserver/apply/auth.go), so leases stay small.
+	// Seats is how many sessions a lease takes. With authentication on, etcd checks the permission
+	// on every key of a lease at each Put that names it (server/etcdserver/apply/auth.go), so
+	// leases stay small.
 	Seats = 100
 	// seatsAhead is the number of free seats at which the next lease is granted ahead of need.
 	seatsAhead = 25
-	// maxLife bounds what is left of a session's life as far as leases are concerned. etcd takes TTLs of up
-	// to 9 000 000 000 s, and a lease outlasts its sessions by up to half.
+	// maxLife bounds what is left of a session's life as far as leases are concerned. etcd takes
+	// TTLs of up to 9 000 000 000 s, and a lease outlasts its sessions by up to half.
 	maxLife = 5_000_000_000 * time.Second
-	// sweeps is how many closed leases are looked after whenever a new one is granted: more than one, so
-	// that they are revoked faster than they come.
+	// sweeps is how many closed leases are looked after whenever a new one is granted: more than
+	// one, so that they are revoked faster than they come.
 	sweeps = 4
 	// refenceFor is how long a fence goes on to be moved after the call that needs it has ended.
 	refenceFor = 10 * time.Second
-	// closers is how many leases Close looks after at a time, and closeLook is how long it looks at those that seem to
-	// be in use.
+	// closers is how many leases Close looks after at a time, and closeLook is how long it looks at
+	// those that seem to be in use.
 	closers   = 16
 	closeLook = time.Second
 )
 
-// Pool shares leases between sessions. Leases collect garbage and never decide expiry: etcd resets them
-// to their full TTL when its leader changes.
+// Pool shares leases between sessions. Leases collect garbage and never decide expiry: etcd resets
+// them to their full TTL when its leader changes.
 //
-// A session with R left to live gets a lease that outlasts it by R/16 to R, a new one by R/4, and keeps it as long
-// as commits do not move its expiry beyond the lease's end. So most commits name no lease, and however the sessions'
-// lifetimes are spread, a few open leases cover them. A lease takes 100 sessions; only the process that granted
-// it attaches to it.
+// A session with R left to live gets a lease that outlasts it by R/16 to R, a new one by R/4, and
+// keeps it as long as commits do not move its expiry beyond the lease's end. So most commits name
+// no lease, and however the sessions' lifetimes are spread, a few open leases cover them. A lease
+// takes 100 sessions; only the process that granted it attaches to it.
 //
-// For each lease there is a key, `prefix~lease/<id>`, attached to the lease itself. Every Put that names the
-// lease compares the key's mod revision, the lease's fence. That does two things:
+// For each lease there is a key, `prefix~lease/<id>`, attached to the lease itself. Every Put that
+// names the lease compares the key's mod revision, the lease's fence. That does two things:
 //
-//   - A lease that was lost fails that compare, and with it the one session's nested Txn, instead of
-//     ErrLeaseNotFound for the whole batch.
-//   - A create whose outcome is unknown may still be under way in a partitioned member, and 'the key does not
-//     exist' would hold again once the session was deleted. Putting the lease's key again moves the fence, and
-//     no earlier send can be applied any more. Updates need no fence, since a mod revision never returns.
+//   - A lease that was lost fails that compare, and with it the one session's nested Txn, instead
+//     of ErrLeaseNotFound for the whole batch.
+//   - A create whose outcome is unknown may still be under way in a partitioned member, and 'the
+//     key does not exist' would hold again once the session was deleted. Putting the lease's key
+//     again moves the fence, and no earlier send can be applied any more. Updates need no fence,
+//     since a mod revision never returns.
 //
-// A lease is closed when it is full or too old to be attached to. The owner revokes a closed lease when no
-// session is on it any more. It deletes the lease's key first, so that a Put that was under way fails its compare
-// and takes another lease, and looks again: else that session would go with the lease. A lease whose grant was answered
-// by an error is not known to its owner: if there is one, it stays empty and ends by itself.
+// A lease is closed when it is full or too old to be attached to. The owner revokes a closed lease
+// when no session is on it any more. It deletes the lease's key first, so that a Put that was under
+// way fails its compare and takes another lease, and looks again: else that session would go with
+// the lease. A lease whose grant was answered by an error is not known to its owner: if there is
+// one, it stays empty and ends by itself.
 //
-// Rejected: keep-alive (a goroutine and a stream per process, and a crash orphans the sessions), one lease per
-// session (slow leader changes), one cached lease (its expiry would be a write stall: it deletes key by key in one
-// entry).
+// Rejected: keep-alive (a goroutine and a stream per process, and a crash orphans the sessions),
+// one lease per session (slow leader changes), one cached lease (its expiry would be a write stall:
+// it deletes key by key in one entry).
 type Pool struct {
 	client *etcd.Client
 	prefix string // of the leases' keys
 	now    func() record.Millis
 	detach func(func()) // runs in a goroutine that the owner of the pool waits for
 
-	// unchecked says that authentication is off, as of the latest grant: then a Put that names its key's lease is
-	// cheaper than one with WithIgnoreLease, for which etcd reads the key twice more (server/etcdserver/txn/put.go).
+	// unchecked says that authentication is off, as of the latest grant: then a Put that names its
+	// key's lease is cheaper than one with WithIgnoreLease, for which etcd reads the key twice more
+	// (server/etcdserver/txn/put.go).
 	unchecked atomic.Bool
 
 	mu     sync.Mutex
@@ -92,9 +96,10 @@ type lease struct {
 	sessions int   // attached by this process, less those that it saw leave
 	revoking bool  // nothing is attached to it any more, whatever its fence
 
-	// doubt is the latest fence that an attempt compares whose outcome is unknown. Until the fence has moved beyond it,
-	// nothing is attached to the lease. It is a revision and no flag, so that moving the fence for one attempt does not
-	// clear the doubt about another, which compares a later one.
+	// doubt is the latest fence that an attempt compares whose outcome is unknown. Until the fence
+	// has moved beyond it, nothing is attached to the lease. It is a revision and no flag, so that
+	// moving the fence for one attempt does not clear the doubt about another, which compares a
+	// later one.
 	doubt        int64
 	refenceUntil time.Time // the fence is being moved in the background until then; zero: it is not
 }
@@ -102,7 +107,8 @@ type lease struct {
 // doubtful reports whether an attempt that compares the lease's fence may still be under way.
 func (l *lease) doubtful() bool { return l.doubt != 0 && l.doubt >= l.fence }
 
-// Seat is a session's place on a lease, with the fence that its Put compares. The zero value is none.
+// Seat is a session's place on a lease, with the fence that its Put compares. The zero value is
+// none.
 type Seat struct {
 	lease *lease
 	fence int64
@@ -134,8 +140,8 @@ type grant struct {
 	err  error
 }
 
-// New returns a pool of leases whose keys begin with prefix. now is the wall clock, and detach runs what goes on after a
-// call in a goroutine.
+// New returns a pool of leases whose keys begin with prefix. now is the wall clock, and detach runs
+// what goes on after a call in a goroutine.
 func New(c *etcd.Client, prefix string, now func() record.Millis, detach func(func())) *Pool {
 	return &Pool{client: c, prefix: prefix, now: now, detach: detach, byID: make(map[clientv3.LeaseID]*lease)}
 }
@@ -143,8 +149,8 @@ func New(c *etcd.Client, prefix string, now func() record.Millis, detach func(fu
 // covered returns the expiry that a lease has to cover for a session that expires at e.
 func covered(e, now record.Millis) record.Millis { return min(e, now.Plus(maxLife)) }
 
-// Attach returns a seat on an open lease for a session that expires at e. It reports false where there is none;
-// Wait waits for one.
+// Attach returns a seat on an open lease for a session that expires at e. It reports false where
+// there is none; Wait waits for one.
 func (p *Pool) Attach(e record.Millis) (Seat, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -172,15 +178,16 @@ func (p *Pool) Keep(id clientv3.LeaseID) clientv3.OpOption {
 // Unchecked reports whether authentication was found to be off.
 func (p *Pool) Unchecked() bool { return p.unchecked.Load() }
 
-// Covers reports whether a session that expires at e may keep a lease that is said to last until then. One that outlasts the
-// session by more than it has left, as no session is attached to, was perhaps granted by a machine whose clock was ahead,
-// and ends earlier.
+// Covers reports whether a session that expires at e may keep a lease that is said to last until
+// then. One that outlasts the session by more than it has left, as no session is attached to, was
+// perhaps granted by a machine whose clock was ahead, and ends earlier.
 func (*Pool) Covers(until, e, now record.Millis) bool {
 	e = covered(e, now)
 	return e <= until && until <= e.Plus(max(e.Since(now), 2*time.Second))
 }
 
-// fitting returns the oldest lease that a session may attach to, and how many seats such leases have.
+// fitting returns the oldest lease that a session may attach to, and how many seats such leases
+// have.
 //
 // REQUIRES: mu is held.
 func (p *Pool) fitting(e, now record.Millis) (first *lease, free int) {
@@ -199,8 +206,8 @@ func (p *Pool) fitting(e, now record.Millis) (first *lease, free int) {
 	return first, free
 }
 
-// Count returns how many leases of this process are known to exist, and how many sessions it has attached to them and not
-// seen leave.
+// Count returns how many leases of this process are known to exist, and how many sessions it has
+// attached to them and not seen leave.
 func (p *Pool) Count() (leases, sessions int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -224,8 +231,9 @@ func (p *Pool) retire(now record.Millis) {
 	})
 }
 
-// Wait waits for a grant to end that was under way, or that it starts for a session that expires at e. It was perhaps for
-// other sessions, or its seats are taken already when Wait returns nil. The error is that of the grant, or of ctx.
+// Wait waits for a grant to end that was under way, or that it starts for a session that expires at
+// e. It was perhaps for other sessions, or its seats are taken already when Wait returns nil. The
+// error is that of the grant, or of ctx.
 func (p *Pool) Wait(ctx context.Context, e record.Millis) error {
 	p.mu.Lock()
 	g := p.grantFor(e, p.now())
@@ -238,8 +246,8 @@ func (p *Pool) Wait(ctx context.Context, e record.Millis) error {
 	}
 }
 
-// grantFor starts a grant for a session that expires at e, unless one is under way: grants are single-flight,
-// and made outside of the mutex.
+// grantFor starts a grant for a session that expires at e, unless one is under way: grants are
+// single-flight, and made outside of the mutex.
 //
 // REQUIRES: mu is held.
 func (p *Pool) grantFor(e, now record.Millis) *grant {
@@ -315,15 +323,16 @@ func (p *Pool) putKey(ctx context.Context, l *lease) error {
 	return nil
 }
 
-// Doubt keeps sessions from being attached to the seat's lease until its fence has moved beyond the seat's: an attempt that
-// compares that may still be under way.
+// Doubt keeps sessions from being attached to the seat's lease until its fence has moved beyond the
+// seat's: an attempt that compares that may still be under way.
 func (p *Pool) Doubt(s Seat) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s.lease.doubt = max(s.lease.doubt, s.fence)
 }
 
-// Refence makes sure that no attempt that compares the seat's fence can be applied any more. It asks etcd once.
+// Refence makes sure that no attempt that compares the seat's fence can be applied any more. It
+// asks etcd once.
 func (p *Pool) Refence(ctx context.Context, s Seat) error {
 	s.lease.moving.Lock()
 	defer s.lease.moving.Unlock()
@@ -341,7 +350,8 @@ func (p *Pool) Refence(ctx context.Context, s Seat) error {
 	return err
 }
 
-// RefenceLater has the lease's fence moved when etcd is there again, after Refence has run out of time.
+// RefenceLater has the lease's fence moved when etcd is there again, after Refence has run out of
+// time.
 func (p *Pool) RefenceLater(s Seat) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -352,8 +362,8 @@ func (p *Pool) RefenceLater(s Seat) {
 	}
 }
 
-// refenceAll moves a lease's fence beyond all doubt, also beyond what comes up meanwhile. Where etcd does not answer for too
-// long, the lease stays doubtful until it is swept.
+// refenceAll moves a lease's fence beyond all doubt, also beyond what comes up meanwhile. Where
+// etcd does not answer for too long, the lease stays doubtful until it is swept.
 func (p *Pool) refenceAll(l *lease) {
 	for {
 		p.mu.Lock()
@@ -377,8 +387,9 @@ func (p *Pool) refenceAll(l *lease) {
 	}
 }
 
-// Refenced notes the mod revision that the lease's key turned out to have, after an attempt failed its compare, and returns
-// the seat with that fence. It reports false where sessions may not be attached to the lease any more.
+// Refenced notes the mod revision that the lease's key turned out to have, after an attempt failed
+// its compare, and returns the seat with that fence. It reports false where sessions may not be
+// attached to the lease any more.
 func (p *Pool) Refenced(s Seat, fence int64) (Seat, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -414,8 +425,8 @@ func (p *Pool) forgotten(l *lease) bool {
 	return p.byID[l.id] != l
 }
 
-// Leave says that a session is no longer on a lease: it was deleted, or moved, or never got there. Where it was
-// the last on a lease of ours, that is revoked.
+// Leave says that a session is no longer on a lease: it was deleted, or moved, or never got there.
+// Where it was the last on a lease of ours, that is revoked.
 func (p *Pool) Leave(id clientv3.LeaseID) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -436,7 +447,8 @@ func (p *Pool) Leave(id clientv3.LeaseID) {
 	}
 }
 
-// sweep looks after the first n closed leases: it revokes those without sessions and puts the others last.
+// sweep looks after the first n closed leases: it revokes those without sessions and puts the
+// others last.
 func (p *Pool) sweep(n int) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*etcd.AttemptTimeout)
 	defer cancel()
@@ -450,8 +462,8 @@ func (p *Pool) sweep(n int) {
 	}
 }
 
-// lookAfter moves the fence of a closed lease if that has to be done yet, and revokes the lease if it has no session. An
-// error leaves it for the next sweep, or for etcd when its time is up.
+// lookAfter moves the fence of a closed lease if that has to be done yet, and revokes the lease if
+// it has no session. An error leaves it for the next sweep, or for etcd when its time is up.
 func (p *Pool) lookAfter(ctx context.Context, l *lease) error {
 	p.mu.Lock()
 	doubtful, s := l.doubtful(), Seat{l, l.doubt}
@@ -470,7 +482,8 @@ func (p *Pool) revokeUnused(ctx context.Context, l *lease) error {
 	if err != nil || !unused {
 		return err
 	}
-	// From here on nothing can be attached to it any more: those with its old fence fail, and Refenced gives no new one.
+	// From here on nothing can be attached to it any more: those with its old fence fail, and
+	// Refenced gives no new one.
 	p.mu.Lock()
 	l.revoking = true
 	p.mu.Unlock()
@@ -490,8 +503,9 @@ func (p *Pool) revokeUnused(ctx context.Context, l *lease) error {
 	return nil
 }
 
-// unused reports whether no session is on a lease, or there is no such lease any more, as of revision rev or later. A member
-// that lags behind, or is cut off, answers with what it knows: it is asked again, as is another.
+// unused reports whether no session is on a lease, or there is no such lease any more, as of
+// revision rev or later. A member that lags behind, or is cut off, answers with what it knows: it
+// is asked again, as is another.
 func (p *Pool) unused(ctx context.Context, l *lease, rev int64) (bool, error) {
 	for b := (etcd.Backoff{}); ; {
 		resp, err := p.client.TimeToLive(ctx, l.id, clientv3.WithAttachedKeys())
@@ -506,9 +520,10 @@ func (p *Pool) unused(ctx context.Context, l *lease, rev int64) (bool, error) {
 	}
 }
 
-// Close revokes all leases without sessions. Where this process has attached a session that it has not seen leave, the lease
-// is in use, unless another process has deleted the session: Close has a look at those for a moment, and leaves what it does
-// not get to, or does not get an answer about, to etcd, which ends every lease when its time is up.
+// Close revokes all leases without sessions. Where this process has attached a session that it has
+// not seen leave, the lease is in use, unless another process has deleted the session: Close has a
+// look at those for a moment, and leaves what it does not get to, or does not get an answer about,
+// to etcd, which ends every lease when its time is up.
 func (p *Pool) Close(ctx context.Context) error {
 	p.mu.Lock()
 	p.closed = append(p.closed, p.open...)

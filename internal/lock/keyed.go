@@ -5,7 +5,8 @@ import (
 	"sync"
 )
 
-// Keyed is a mutex for each key, between the goroutines of this process. It needs no network. The zero value is ready.
+// Keyed is a mutex for each key, between the goroutines of this process. It needs no network. The
+// zero value is ready.
 type Keyed struct {
 	mu    sync.Mutex
 	slots map[string]*slot

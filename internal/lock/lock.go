@@ -1,4 +1,5 @@
-// Package lock is the lock of a session over all machines, and a mutex for each key within one process.
+// Package lock is the lock of a session over all machines, and a mutex for each key within one
+// process.
 package lock
 
 import (
@@ -27,13 +28,14 @@ const (
 
 // Locks are locks over all machines: a concurrency.Mutex for each session, over all machines.
 //
-// All mutexes of a process hang on one lease, a concurrency.Session, that is kept alive while locks are in use and a
-// little longer. Such a mutex is the process's and not the goroutine's, so goroutines first take turns.
+// All mutexes of a process hang on one lease, a concurrency.Session, that is kept alive while locks
+// are in use and a little longer. Such a mutex is the process's and not the goroutine's, so
+// goroutines first take turns.
 //
-// A request to etcd whose outcome is unknown may be applied late: it would put the key of a lock that was released
-// already, or delete that of one that was taken again. Keys carry the lease's id. So a lease with such a request is
-// retired: no more locks are hung on it, and when the last of those on it is released, it is revoked, and with it goes
-// whatever key was left behind.
+// A request to etcd whose outcome is unknown may be applied late: it would put the key of a lock
+// that was released already, or delete that of one that was taken again. Keys carry the lease's id.
+// So a lease with such a request is retired: no more locks are hung on it, and when the last of
+// those on it is released, it is revoked, and with it goes whatever key was left behind.
 type Locks struct {
 	client  *clientv3.Client
 	prefix  string
@@ -64,13 +66,14 @@ type Lock struct {
 	done  func() // the turn
 }
 
-// New returns locks whose keys begin with prefix. detach runs what goes on after a call in a goroutine.
+// New returns locks whose keys begin with prefix. detach runs what goes on after a call in a
+// goroutine.
 func New(client *clientv3.Client, prefix string, timeout time.Duration, detach func(func())) *Locks {
 	return &Locks{client: client, prefix: prefix, timeout: timeout, detach: detach}
 }
 
-// Acquire waits for the lock of a session, as long as ctx lasts and etcd can be reached. The lock's key holds a hash of the
-// token.
+// Acquire waits for the lock of a session, as long as ctx lasts and etcd can be reached. The lock's
+// key holds a hash of the token.
 func (l *Locks) Acquire(ctx context.Context, token string) (*Lock, error) {
 	done, err := l.turns.Lock(ctx, token)
 	if err != nil {
@@ -109,7 +112,8 @@ func (l *Locks) Acquire(ctx context.Context, token string) (*Lock, error) {
 	}
 }
 
-// wait waits for the mutex. The channel that it returns is closed when the mutex has returned, which may take longer.
+// wait waits for the mutex. The channel that it returns is closed when the mutex has returned,
+// which may take longer.
 func (k *Lock) wait(ctx context.Context) (returned <-chan struct{}, err error) {
 	waiting, stop := context.WithCancel(clientv3.WithRequireLeader(ctx)) // a watch of a member without one is silent
 	defer stop()
@@ -128,8 +132,8 @@ func (k *Lock) wait(ctx context.Context) (returned <-chan struct{}, err error) {
 	return end, err
 }
 
-// waitAgain reports whether a wait for a lock ended with err because it lost its lease or its watch. What says that etcd
-// did not answer in time is no such error.
+// waitAgain reports whether a wait for a lock ended with err because it lost its lease or its
+// watch. What says that etcd did not answer in time is no such error.
 func waitAgain(err error) bool {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return false
@@ -138,11 +142,12 @@ func waitAgain(err error) bool {
 	return errors.Is(err, concurrency.ErrSessionExpired) || k == etcd.LeaseLost || k == etcd.Compacted || k == etcd.Transient
 }
 
-// Owned is the compare that holds as long as the holder may still write: fencing. A holder that slept through the end of its
-// lease finds the lock's key gone, or another's.
+// Owned is the compare that holds as long as the holder may still write: fencing. A holder that
+// slept through the end of its lease finds the lock's key gone, or another's.
 func (k *Lock) Owned() clientv3.Cmp { return k.mutex.IsOwner() }
 
-// Waiting returns how many keys the goroutines of this process hold or wait for, and how many those are.
+// Waiting returns how many keys the goroutines of this process hold or wait for, and how many those
+// are.
 func (l *Locks) Waiting() (keys, users int) { return l.turns.Count() }
 
 // LeaseID returns the lease that new locks are hung on, 0 where there is none.
@@ -183,8 +188,9 @@ func (k *Lock) release() {
 	}
 }
 
-// join returns the process's lease for locks. leave ends its use. A grant that failed is not tried again at once: if etcd
-// cannot be reached, the requests that wait for a turn need not find that out one after another.
+// join returns the process's lease for locks. leave ends its use. A grant that failed is not tried
+// again at once: if etcd cannot be reached, the requests that wait for a turn need not find that
+// out one after another.
 func (l *Locks) join(ctx context.Context) (*lockLease, error) {
 	for {
 		lease, grant, err := l.tryJoin()
@@ -339,9 +345,10 @@ func (l *Locks) clientOf(life context.Context, lease *lockLease) *clientv3.Clien
 	return c
 }
 
-// lockKV is etcd as a concurrency.Mutex sees it. A mutex asks once, with the context of whoever waits or with one that
-// does not end. Of neither would be known what became of the request: here it does not end with its context, but is
-// bounded in time, and sent again until etcd has answered. What a mutex sends may be sent twice.
+// lockKV is etcd as a concurrency.Mutex sees it. A mutex asks once, with the context of whoever
+// waits or with one that does not end. Of neither would be known what became of the request: here
+// it does not end with its context, but is bounded in time, and sent again until etcd has answered.
+// What a mutex sends may be sent twice.
 type lockKV struct {
 	clientv3.KV
 	Locks *Locks

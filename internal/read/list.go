@@ -12,8 +12,8 @@ import (
 // pageKeys is how many keys a listing reads at a time.
 const pageKeys = 500
 
-// List reads the keys from from to end (exclusive), as they were at one revision, and passes each to yield. Where that
-// revision is compacted before all of them are read, the error is etcd's.
+// List reads the keys from from to end (exclusive), as they were at one revision, and passes each
+// to yield. Where that revision is compacted before all of them are read, the error is etcd's.
 func (r *Reader) List(ctx context.Context, from, end string, yield func(key string, v *record.Version)) error {
 	if from == "" {
 		from = "\x00" // the first key; etcd takes no empty one

@@ -18,19 +18,21 @@ import (
 // Decode reads what a Get of a key answered at revision asOf: no pair, or one.
 type Decode func(kvs []*mvccpb.KeyValue, asOf int64) *record.Version
 
-// Reader coalesces reads: the keys that wait go out as one Txn of Gets, and callers that ask for the same key share an
-// answer.
+// Reader coalesces reads: the keys that wait go out as one Txn of Gets, and callers that ask for
+// the same key share an answer.
 //
 // Invariants:
 //
-//   - A Get is sent after all callers that share it have asked, so that each of them gets a linearizable read. Callers that
-//     come while it is in flight make the next one.
-//   - Nobody waits longer than the own time allows. What callers share ends with the time of the first of them, and those
-//     that have more ask again. No caller has a timer of its own, which would cost a good part of a find.
+//   - A Get is sent after all callers that share it have asked, so that each of them gets a
+//     linearizable read. Callers that come while it is in flight make the next one.
+//   - Nobody waits longer than the own time allows. What callers share ends with the time of the
+//     first of them, and those that have more ask again. No caller has a timer of its own, which
+//     would cost a good part of a find.
 //
-// The Txn is flat, since etcd answers that without Raft; it would propose a nested one. A lone key is a plain Get, which
-// costs the server less. Both may be sent twice, so errors other than definite ones are tried again until the callers'
-// time is up: the client does that for a Get, but not for a Txn.
+// The Txn is flat, since etcd answers that without Raft; it would propose a nested one. A lone key
+// is a plain Get, which costs the server less. Both may be sent twice, so errors other than
+// definite ones are tried again until the callers' time is up: the client does that for a Get, but
+// not for a Txn.
 type Reader struct {
 	client *etcd.Client
 	decode Decode
@@ -42,8 +44,8 @@ type Reader struct {
 	finds   sync.WaitGroup
 }
 
-// find is a read of one key, and what came of it once done is closed. Before that, err is what etcd said last,
-// guarded by Reader.mu.
+// find is a read of one key, and what came of it once done is closed. Before that, err is what etcd
+// said last, guarded by Reader.mu.
 type find struct {
 	key      string
 	deadline time.Time // the earliest of its callers
@@ -77,7 +79,8 @@ func (r *Reader) Find(ctx context.Context, deadline time.Time, key string) (*rec
 	return r.await(ctx, deadline, f)
 }
 
-// FindAll is Find of several keys, in the same requests. Of each key there is a version or an error.
+// FindAll is Find of several keys, in the same requests. Of each key there is a version or an
+// error.
 func (r *Reader) FindAll(ctx context.Context, deadline time.Time, keys []string) ([]*record.Version, []error) {
 	finds := make([]*find, len(keys))
 	r.mu.Lock()
@@ -109,7 +112,8 @@ func (r *Reader) ask(deadline time.Time, key string) *find {
 	return f
 }
 
-// await returns what came of a find, or of the next where this one has ended with the time of another caller.
+// await returns what came of a find, or of the next where this one has ended with the time of
+// another caller.
 func (r *Reader) await(ctx context.Context, deadline time.Time, f *find) (*record.Version, error) {
 	for {
 		select {
@@ -146,7 +150,8 @@ func (r *Reader) work() {
 	end()
 }
 
-// read settles a batch. Finds whose time is up are settled without an answer, and do not end the others.
+// read settles a batch. Finds whose time is up are settled without an answer, and do not end the
+// others.
 func (r *Reader) read(batch []*find) {
 	for b := (etcd.Backoff{}); len(batch) > 0; {
 		ctx, cancel := context.WithDeadline(context.Background(), earliest(batch))

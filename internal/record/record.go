@@ -1,4 +1,5 @@
-// Package record is the form in which a session is stored, and the time that decides whether it has expired.
+// Package record is the form in which a session is stored, and the time that decides whether it has
+// expired.
 package record
 
 import (
@@ -14,9 +15,9 @@ import (
 //
 //	payload ‖ trailer
 //
-// The payload is what the session manager's codec made, unchanged. It comes first because scs.GobCodec reads
-// one value and ignores what follows: an application with scs's own etcdstore reads these sessions as they
-// lie in etcd. All numbers of the trailer are big-endian:
+// The payload is what the session manager's codec made, unchanged. It comes first because
+// scs.GobCodec reads one value and ignores what follows: an application with scs's own etcdstore
+// reads these sessions as they lie in etcd. All numbers of the trailer are big-endian:
 //
 //	offset  bytes
 //	0       1      format version
@@ -28,13 +29,15 @@ import (
 //	39      4      CRC-32C of all bytes before
 //	43      8      magic
 //
-// The length and what follows it keep their distance from the end in every version, so that an older reader
-// can tell a newer record from a value without a trailer, which is a session of scs's own etcdstore.
+// The length and what follows it keep their distance from the end in every version, so that an
+// older reader can tell a newer record from a value without a trailer, which is a session of scs's
+// own etcdstore.
 //
-// The magic decides which of the two a value is, so whatever ends in the magic and does not hold together, by its
-// length or its checksum, is a damaged record: nothing of it is served. (A session of scs's own etcdstore that ends
-// in the magic by accident counts as one.) Where the damage is in the magic itself, or the value's end is cut off,
-// there is no telling: it looks like a session of scs's own etcdstore, and is served as such.
+// The magic decides which of the two a value is, so whatever ends in the magic and does not hold
+// together, by its length or its checksum, is a damaged record: nothing of it is served. (A session
+// of scs's own etcdstore that ends in the magic by accident counts as one.) Where the damage is in
+// the magic itself, or the value's end is cut off, there is no telling: it looks like a session of
+// scs's own etcdstore, and is served as such.
 const (
 	FormatVersion = 1
 	Magic         = "\xe7scsetcd"
@@ -44,8 +47,8 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// WriteID names one attempt to write, whatever becomes of it: the version in etcd that carries it is that
-// attempt's.
+// WriteID names one attempt to write, whatever becomes of it: the version in etcd that carries it
+// is that attempt's.
 type WriteID [16]byte
 
 // NewWriteID returns a write id that no other attempt has.
@@ -89,8 +92,8 @@ func (r *Record) Encode() []byte {
 	return append(b, Magic...)
 }
 
-// Decode tells what value is and, for a record, what it holds. The payload aliases value; of what is damaged
-// there is none.
+// Decode tells what value is and, for a record, what it holds. The payload aliases value; of what
+// is damaged there is none.
 func Decode(value []byte) (Record, Kind) {
 	if !bytes.HasSuffix(value, []byte(Magic)) {
 		return Record{Payload: value}, KindBare
@@ -118,7 +121,8 @@ func Decode(value []byte) (Record, Kind) {
 	}, KindRecord
 }
 
-// Millis is a time in Unix milliseconds, the resolution of everything that the store decides about time.
+// Millis is a time in Unix milliseconds, the resolution of everything that the store decides about
+// time.
 type Millis int64
 
 // Forever is later than every expiry.
@@ -144,7 +148,8 @@ func (m Millis) Plus(d time.Duration) Millis {
 	return sum
 }
 
-// Since returns the time from earlier to m: none if m is not later, and the longest duration if it is farther off.
+// Since returns the time from earlier to m: none if m is not later, and the longest duration if it
+// is farther off.
 func (m Millis) Since(earlier Millis) time.Duration {
 	const most = Millis(math.MaxInt64 / int64(time.Millisecond))
 	if d := m - earlier; d >= 0 && d < most {

@@ -4,7 +4,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// Value is what a record stands for, for whoever writes it without knowing what it is. It is immutable and shared.
+// Value is what a record stands for, for whoever writes it without knowing what it is. It is
+// immutable and shared.
 type Value interface {
 	// Expiry returns when the value ends; 0: it is not known.
 	Expiry() Millis
@@ -12,8 +13,8 @@ type Value interface {
 	Encode() ([]byte, error)
 }
 
-// Entry is another key, with its value, that stands as long as a record's value does: it is written and deleted with it, in
-// one transaction, and hangs on its lease.
+// Entry is another key, with its value, that stands as long as a record's value does: it is written
+// and deleted with it, in one transaction, and hangs on its lease.
 type Entry struct{ Key, Value string }
 
 // Version is what etcd holds under a key at some revision.
@@ -26,8 +27,8 @@ type Version struct {
 	Until Millis // the lease lasts until then at least; 0: not known
 	ID    WriteID
 
-	// Where this version stands in the key's history: the revision that created the key, and how many versions it has had
-	// since then, this one included.
+	// Where this version stands in the key's history: the revision that created the key, and how
+	// many versions it has had since then, this one included.
 	Created, Count int64
 
 	Err     error // why what is there cannot be taken for a value
@@ -47,7 +48,8 @@ func (v *Version) Expired(now Millis) bool {
 	return v.Rev != 0 && v.Err == nil && v.Live(now) == nil
 }
 
-// Unreadable returns why what v holds cannot be read: nil where it can, or where it is another store's.
+// Unreadable returns why what v holds cannot be read: nil where it can, or where it is another
+// store's.
 func (v *Version) Unreadable() error {
 	if v.Foreign {
 		return nil

@@ -11,14 +11,16 @@ import (
 // Max is how much of a body is kept.
 const Max = 1 << 20
 
-// errSealed ends the body of a run whose reading on would make it too large to be kept for the next.
+// errSealed ends the body of a run whose reading on would make it too large to be kept for the
+// next.
 var errSealed = errors.New("etcdstore: the run has lost, and its request's body is too large to be read on")
 
 // New returns a body that can be read again.
 func New(source io.ReadCloser) *Body { return &Body{source: source} }
 
-// Body is a request's body that can be read again, as far as it was read, up to Max bytes. As the bodies of
-// net/http it may be read by a goroutine of its own, also one that a handler has left behind.
+// Body is a request's body that can be read again, as far as it was read, up to Max bytes. As the
+// bodies of net/http it may be read by a goroutine of its own, also one that a handler has left
+// behind.
 type Body struct {
 	reading sync.Mutex // held while source is read; taken before mu
 	source  io.ReadCloser

@@ -41,8 +41,9 @@ var (
 	_ commit.Change = (*Update)(nil)
 )
 
-// Next implements commit.Change: first committer wins, and later ones are merged. Expiry is not a logout: what a request has
-// read before it ended goes on with the request's commit, if nobody has deleted or replaced it.
+// Next implements commit.Change: first committer wins, and later ones are merged. Expiry is not a
+// logout: what a request has read before it ended goes on with the request's commit, if nobody has
+// deleted or replaced it.
 func (c *Commit) Next(cur commit.State) (commit.Write, error) {
 	w := commit.Write{Value: valueOf(c.Ours), If: c.If}
 	if c.lives(cur) {
@@ -88,7 +89,8 @@ func (c *Commit) merges(cur commit.State) bool {
 	return cur.Value == nil || c.reborn(cur) || c.Base.Image == nil || cur.Rev == 0 || cur.Rev != c.Base.Rev
 }
 
-// reborn reports whether the session that was read has been deleted since, and another created under its token.
+// reborn reports whether the session that was read has been deleted since, and another created
+// under its token.
 func (c *Commit) reborn(cur commit.State) bool {
 	return c.Base.Image != nil && c.Base.Version != nil && c.Base.Version.Created != cur.Born
 }
@@ -126,7 +128,8 @@ func (c *Commit) merged(theirs *Image, now record.Millis) (*Image, error) {
 	return imageWith(c.Ours.codec, m, expiry)
 }
 
-// expiry merges the expiry: the side whose deadline holds decides, where deadlines differ, else the later one holds.
+// expiry merges the expiry: the side whose deadline holds decides, where deadlines differ, else the
+// later one holds.
 func (c *Commit) expiry(base, ours, theirs, merged *Contents, theirExpiry record.Millis) record.Millis {
 	moved := base != nil && !merged.deadline.Equal(base.deadline)
 	switch {
@@ -138,14 +141,15 @@ func (c *Commit) expiry(base, ours, theirs, merged *Contents, theirExpiry record
 	return theirExpiry
 }
 
-// withinTouch reports whether moving the expiry need not be written: it moves by less than the touch interval, and half of
-// the life that it gives is left all the same, so that an interval above an idle timeout logs nobody out.
+// withinTouch reports whether moving the expiry need not be written: it moves by less than the
+// touch interval, and half of the life that it gives is left all the same, so that an interval
+// above an idle timeout logs nobody out.
 func (c *Commit) withinTouch(from, to, now record.Millis) bool {
 	return from != 0 && to >= from && to.Since(from) < c.Touch && to.Since(from) < to.Since(now)/2
 }
 
-// Idle reports whether the commit need not be made at all, at the time now: it changes nothing but the expiry, and that need
-// not be written.
+// Idle reports whether the commit need not be made at all, at the time now: it changes nothing but
+// the expiry, and that need not be written.
 func (c *Commit) Idle(now record.Millis) bool {
 	if c.Touch == 0 || c.Base == nil || c.Base.Image == nil || c.Base.Version == nil {
 		return false
@@ -154,8 +158,9 @@ func (c *Commit) Idle(now record.Millis) bool {
 	return stored != nil && c.withinTouch(stored.expiry, c.Ours.expiry, now) && c.Base.Image.sameContents(c.Ours)
 }
 
-// Stored returns what a request believes once its commit of ours has been stored as v: what it wrote. Where that was merged
-// with what others wrote, no revision holds exactly that, so the next commit merges again and never overwrites.
+// Stored returns what a request believes once its commit of ours has been stored as v: what it
+// wrote. Where that was merged with what others wrote, no revision holds exactly that, so the next
+// commit merges again and never overwrites.
 func Stored(ours *Image, v *record.Version) Read {
 	r := Read{Image: ours, Version: v}
 	if ImageOf(v.Value) == ours {

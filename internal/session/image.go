@@ -1,4 +1,5 @@
-// Package session is what a session holds: its images, how two of them are merged, and the changes that calls make of it.
+// Package session is what a session holds: its images, how two of them are merged, and the changes
+// that calls make of it.
 package session
 
 import (
@@ -9,9 +10,10 @@ import (
 	"github.com/seed210be38d/etcdstore/internal/record"
 )
 
-// Image is one content of a session: as it was read, as a request wants it, or as a merge made it. It is
-// immutable and shared; the form that it was not made from, payload or contents, is derived once and on demand,
-// because decoding costs more than all else that a commit does on this side of the network.
+// Image is one content of a session: as it was read, as a request wants it, or as a merge made it.
+// It is immutable and shared; the form that it was not made from, payload or contents, is derived
+// once and on demand, because decoding costs more than all else that a commit does on this side of
+// the network.
 type Image struct {
 	codec  scs.Codec
 	expiry record.Millis // 0: not known (a session of scs's own etcdstore, whose lease knows)
@@ -47,9 +49,9 @@ func valueOf(i *Image) record.Value {
 	return i
 }
 
-// imageWith returns the image of contents. They are encoded when the image is stored, if it is, except where the
-// application's code made some of the values: then at once, so that the image holds what a reader of it would find, and
-// shares nothing with that code.
+// imageWith returns the image of contents. They are encoded when the image is stored, if it is,
+// except where the application's code made some of the values: then at once, so that the image
+// holds what a reader of it would find, and shares nothing with that code.
 func imageWith(codec scs.Codec, c *Contents, expiry record.Millis) (*Image, error) {
 	i := &Image{codec: codec, expiry: expiry, contents: c}
 	if !c.raw {

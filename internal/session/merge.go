@@ -31,7 +31,8 @@ func (c *Contents) set(key string, v value) {
 	}
 }
 
-// value is one key of a session: absent, or present with what may be nil (a codec such as JSON has nulls).
+// value is one key of a session: absent, or present with what may be nil (a codec such as JSON has
+// nulls).
 type value struct {
 	v       any
 	present bool
@@ -47,7 +48,8 @@ func (a value) equal(b value) bool { return a.present == b.present && equal(a.v,
 // equal compares decoded values. Encoded ones do not do: gob writes maps in random order.
 func equal(a, b any) bool { return reflect.DeepEqual(a, b) }
 
-// A Clash is one session key that two requests changed, each starting from Base. A field is nil where the key is absent.
+// A Clash is one session key that two requests changed, each starting from Base. A field is nil
+// where the key is absent.
 type Clash struct {
 	Key                string
 	Base, Ours, Theirs any
@@ -59,14 +61,15 @@ type Merger struct {
 	Resolve      func(Clash) (any, error) // decides a clash; a nil value removes the key; nil: clashes are conflicts
 }
 
-// merge returns theirs with what changed from base to ours: a three-way merge by session key, in which the
-// deadline is one more key. Keys that changed on both sides are conflicts, also where both sides wrote the
-// same value: two requests that add one to a counter look like that. But where a key holds a map with string keys on all
-// sides, the entries of the map are merged in the same way, and so on inside; a conflict there is one on the session's key.
-// Of two deadlines the later one holds. A nil base stands for a session that was absent.
+// merge returns theirs with what changed from base to ours: a three-way merge by session key, in
+// which the deadline is one more key. Keys that changed on both sides are conflicts, also where
+// both sides wrote the same value: two requests that add one to a counter look like that. But where
+// a key holds a map with string keys on all sides, the entries of the map are merged in the same
+// way, and so on inside; a conflict there is one on the session's key. Of two deadlines the later
+// one holds. A nil base stands for a session that was absent.
 //
-// Neither argument is changed. Where ours changed nothing the result is theirs itself, and it is never a
-// conflict.
+// Neither argument is changed. Where ours changed nothing the result is theirs itself, and it is
+// never a conflict.
 func (m Merger) merge(base, ours, theirs *Contents) (*Contents, error) {
 	absent := base == nil // then both sides have set a deadline
 	if absent {
@@ -111,8 +114,8 @@ func differences(base, theirs *Contents, absent bool) []string {
 	return keys
 }
 
-// mergeValues merges the value of one key that ours has changed. It reports false where theirs has changed it, too, and they
-// are not maps, or conflict inside.
+// mergeValues merges the value of one key that ours has changed. It reports false where theirs has
+// changed it, too, and they are not maps, or conflict inside.
 func mergeValues(base, ours, theirs value) (value, bool) {
 	if theirs.equal(base) {
 		return ours, true
@@ -127,7 +130,8 @@ func mergeValues(base, ours, theirs value) (value, bool) {
 	return value{m.Interface(), true}, true
 }
 
-// mergeMaps merges the entries of maps with string keys. It reports false where they are none, or conflict.
+// mergeMaps merges the entries of maps with string keys. It reports false where they are none, or
+// conflict.
 func mergeMaps(base, ours, theirs reflect.Value) (reflect.Value, bool) {
 	if !base.IsValid() || base.Kind() != reflect.Map || base.Type().Key().Kind() != reflect.String ||
 		!ours.IsValid() || ours.Type() != base.Type() || !theirs.IsValid() || theirs.Type() != base.Type() {
@@ -209,8 +213,9 @@ func changed(base, side *Contents) []string {
 	return keys
 }
 
-// CarryOver returns ours with what theirs has changed since base, where ours has not changed the same: there Resolve decides,
-// or else ours stands, as its deadline and its expiry do in any case. What does not decode carries nothing over.
+// CarryOver returns ours with what theirs has changed since base, where ours has not changed the
+// same: there Resolve decides, or else ours stands, as its deadline and its expiry do in any case.
+// What does not decode carries nothing over.
 func (m Merger) CarryOver(base, ours, theirs *Image) *Image {
 	if base == nil {
 		return ours

@@ -14,8 +14,8 @@ type Decoder struct {
 	Prefix string // of the store's keys
 }
 
-// Version reads what a Get of a key answered at revision asOf: no pair, or one. Where the pair is no session of the store,
-// the version says why.
+// Version reads what a Get of a key answered at revision asOf: no pair, or one. Where the pair is
+// no session of the store, the version says why.
 func (d Decoder) Version(kvs []*mvccpb.KeyValue, asOf int64) *record.Version {
 	if len(kvs) == 0 {
 		return &record.Version{AsOf: asOf}
@@ -38,7 +38,8 @@ func (d Decoder) Version(kvs []*mvccpb.KeyValue, asOf int64) *record.Version {
 	return v
 }
 
-// WithExpiry returns v with the expiry that only the lease of a session of scs's own etcdstore knows.
+// WithExpiry returns v with the expiry that only the lease of a session of scs's own etcdstore
+// knows.
 func (d Decoder) WithExpiry(v *record.Version, expiry record.Millis) (*record.Version, error) {
 	payload, err := v.Value.Encode()
 	if err != nil {
@@ -49,9 +50,10 @@ func (d Decoder) WithExpiry(v *record.Version, expiry record.Millis) (*record.Ve
 	return &completed, nil
 }
 
-// bareToken reports whether a value under this token that does not say what its prefix is (it has no trailer, or one
-// that cannot be read) is a session of this store. The token decides: scs's tokens are base64url, and a token with
-// another character is rather the end of a longer prefix, as in 'scs:session:' beside 'scs:session:1:'.
+// bareToken reports whether a value under this token that does not say what its prefix is (it has
+// no trailer, or one that cannot be read) is a session of this store. The token decides: scs's
+// tokens are base64url, and a token with another character is rather the end of a longer prefix, as
+// in 'scs:session:' beside 'scs:session:1:'.
 func bareToken(token []byte) bool {
 	for _, c := range token {
 		switch {

@@ -1,4 +1,5 @@
-// Package weakmap keeps what is known about objects that others hold, for as long as they hold them.
+// Package weakmap keeps what is known about objects that others hold, for as long as they hold
+// them.
 package weakmap
 
 import (
@@ -7,8 +8,8 @@ import (
 	"weak"
 )
 
-// Map has a value for objects in the heap. It does not keep them, and forgets what nobody holds any more. The zero value is
-// ready. The value must not refer to its object, or both stay.
+// Map has a value for objects in the heap. It does not keep them, and forgets what nobody holds any
+// more. The zero value is ready. The value must not refer to its object, or both stay.
 type Map[V any] struct {
 	mu     sync.Mutex
 	values map[weak.Pointer[byte]]V
