@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"net"
+	"net/http"
 	"reflect"
 	"runtime"
 	"slices"
@@ -94,14 +96,25 @@ type origin struct {
 type caller struct {
 	t    *transaction    // of Begin, Retry or Exclusive
 	done <-chan struct{} // of the context
+	conn any             // of net/http: its local address, which each connection has of its own
 }
 
-func callerOf(ctx context.Context) caller { return caller{explicit(ctx), ctx.Done()} }
+func callerOf(ctx context.Context) caller {
+	c := caller{t: explicit(ctx), done: ctx.Done()}
+	if addr, ok := ctx.Value(http.LocalAddrContextKey).(*net.TCPAddr); ok {
+		c.conn = addr
+	}
+	return c
+}
 
-// is reports whether two calls are of one request, for all that is known.
+// is reports whether two calls are of one request.
 func (c caller) is(other caller) bool {
 	return c.t != nil && c.t == other.t || c.done != nil && c.done == other.done
 }
+
+// near reports whether two calls are of one connection: where a handler has derived its context,
+// that is of one request, unless the connection carries several at a time.
+func (c caller) near(other caller) bool { return c.conn != nil && c.conn == other.conn }
 
 // loadedCopy is a copy of a session that the application has in memory. It is the mark among the
 // copy's values.
@@ -269,11 +282,11 @@ func (l *loadedCopy) names(token string) bool {
 	return l.token == token
 }
 
-// isBy reports whether the copy is of a caller's request.
-func (l *loadedCopy) isBy(c caller) bool {
+// caller returns whose copy it is.
+func (l *loadedCopy) caller() caller {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.by.is(c)
+	return l.by
 }
 
 func (l *loadedCopy) wasDeleted() bool {
@@ -379,14 +392,16 @@ func (c *copies) forget(token string, p weak.Pointer[loadedCopy]) {
 }
 
 // deleted tells the copies of a session that a call has deleted it, and what that found: those of
-// the call's own request, or all where there are none. scs does not say which copy it is that
-// deletes.
+// the call's own request, or of its connection, or all where there are none. scs does not say which
+// copy it is that deletes.
 func (c *copies) deleted(ctx context.Context, token string, found *session.Image) {
-	by := callerOf(ctx)
-	loaded := c.of(token)
-	own := slices.DeleteFunc(slices.Clone(loaded), func(l *loadedCopy) bool { return !l.isBy(by) })
-	if len(own) == 0 {
-		own = loaded
+	by, loaded := callerOf(ctx), c.of(token)
+	own := loaded
+	for _, ours := range []func(caller) bool{by.near, by.is} { // the closer one counts
+		of := slices.DeleteFunc(slices.Clone(loaded), func(l *loadedCopy) bool { return !ours(l.caller()) })
+		if len(of) > 0 {
+			own = of
+		}
 	}
 	for _, l := range own {
 		l.mu.Lock()
