@@ -183,7 +183,7 @@ func decideSeen(f facts, ans answer) decision {
 		return end(breach)
 	case ans.relation == atBase, f.kind == validate, f.clears:
 		return end(foldAgain)
-	case f.kind == remove && !f.doubt && (ans.relation == absent || ans.breached):
+	case f.kind == remove && !f.doubt && !f.noSpace && (ans.relation == absent || ans.breached):
 		return end(foldAgain) // others have deleted it, and what they left, and the preconditions, decide
 	case f.kind == remove && ans.relation == kept, f.kind == put && ans.relation == unpreceded:
 		return end(foldAgain)

@@ -95,6 +95,7 @@ func TestDecide(t *testing.T) {
 		{"a delete that an update was folded with, and others have deleted it", deletion, read(absent), end(foldAgain)},
 		{"deletes alone in doubt, and it is gone", with(with(deletion, idempotent), doubt), read(absent), end(happened)},
 		{"a delete in doubt that an update was folded with, and it is gone", with(deletion, doubt), read(absent), decision{step: toTrace, doubt: true}},
+		{"a delete without space, which may have been applied, and it is gone", at(toRead, with(with(deletion, idempotent), noSpace)), read(absent), end(happened)},
 		{"a delete whose precondition is lost, and it is gone", with(deletion, idempotent), answer{kind: seen, relation: absent, breached: true}, end(foldAgain)},
 		{"a delete whose precondition is lost, and another was created", with(deletion, idempotent), answer{kind: seen, relation: later, breached: true}, end(foldAgain)},
 		{"a delete, and another was created since", with(deletion, idempotent), read(later), to(toTrace)},
