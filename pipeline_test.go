@@ -1461,6 +1461,30 @@ func TestPipeline_HiddenDelete(t *testing.T) {
 	})
 }
 
+// A delete that the client has sent twice behind our back has happened, and its caller is told so, though etcd does not answer
+// any more.
+func TestPipeline_HiddenDeleteIsTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, f := newFakeStore(t)
+		f.seed(t, "a", "n", 0)
+		var gone atomic.Bool
+		f.Intercept(func(r *etcdfake.Request) error {
+			if gone.Load() {
+				<-r.Done
+				return etcdfake.ErrLost
+			}
+			if !isAttempt(r) {
+				return r.Apply()
+			}
+			gone.Store(true)
+			_ = r.Apply()
+			return r.Apply()
+		})
+		wantErr(t, "delete", s.Delete("a"), nil)
+		f.wantSession(t, "a", 2)
+	})
+}
+
 // A create whose outcome could not be settled in time is fenced when etcd is there again, and does not come late.
 func TestPipeline_CreateIsFencedAfterGivingUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

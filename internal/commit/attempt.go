@@ -64,6 +64,16 @@ func (a *attempt) onlyDeletes() bool {
 	return !slices.ContainsFunc(a.calls, func(o *call) bool { _, ok := o.Change.(Delete); return !ok })
 }
 
+// findsNothing has a's deletes say that they have found nothing. Where they are folded again, they
+// say what they find then.
+func (a *attempt) findsNothing() {
+	for _, o := range a.calls {
+		if d, ok := o.Change.(Delete); ok && d.Found != nil {
+			*d.Found = nil
+		}
+	}
+}
+
 // sit puts a on a lease.
 func (a *attempt) sit(s lease.Seat) {
 	a.seat = s

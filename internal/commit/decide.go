@@ -183,8 +183,8 @@ func decideSeen(f facts, ans answer) decision {
 		return end(breach)
 	case ans.relation == atBase, f.kind == validate, f.clears:
 		return end(foldAgain)
-	case f.kind == remove && !f.doubt && !f.noSpace && (ans.relation == absent || ans.breached):
-		return end(foldAgain) // others have deleted it, and what they left, and the preconditions, decide
+	case f.kind == remove && !f.doubt && !f.noSpace && ans.breached && ans.relation != kept:
+		return end(breach) // whoever has deleted it, this was not the attempt's to do any more
 	case f.kind == remove && ans.relation == kept, f.kind == put && ans.relation == unpreceded:
 		return end(foldAgain)
 	case f.kind == remove && ans.relation == absent && f.idempotent:

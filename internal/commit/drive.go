@@ -396,9 +396,15 @@ func (p *Pipeline) note(a *attempt, err error) {
 	}
 }
 
-// advance takes an attempt where decide says.
+// advance takes an attempt where decide says. A delete that was not answered by its success has found
+// nothing, as far as its calls may rely on that: others may have deleted the key before it, or the
+// client have sent it twice. It has happened all the same.
 func (p *Pipeline) advance(a *attempt, ans answer) {
-	switch d := decide(a.facts(), ans); d.verdict {
+	d := decide(a.facts(), ans)
+	if d.verdict != carryOn && ans.kind != applied && !a.doubt {
+		a.findsNothing()
+	}
+	switch d.verdict {
 	case carryOn:
 		p.enter(a, d)
 	case happened:
