@@ -80,9 +80,16 @@ type linkCodec struct{ store *EtcdStore }
 // their values.
 var (
 	readsByBytes  weakmap.Map[*origin]
-	copiesByBytes weakmap.Map[[]*loadedCopy]
+	copiesByBytes weakmap.Map[encoded]
 	copiesByMap   weakmap.Map[*loadedCopy]
 )
+
+// encoded is what bytes that Encode has returned were made from: the copy whose map it was, and the
+// marks in it.
+type encoded struct {
+	copy  *loadedCopy
+	marks []*loadedCopy
+}
 
 // origin is what bytes that FindCtx or AllCtx has returned were read from.
 type origin struct {
@@ -146,11 +153,11 @@ func markKey(token string) string {
 	return markPrefix + hex.EncodeToString(hash[:8])
 }
 
-// give returns b for scs, as bytes of their own that Decode finds the read by.
-func (e *EtcdStore) give(ctx context.Context, token string, r session.Read) []byte {
+// give returns what was read for scs, as bytes of their own that Decode finds the read by.
+func (e *EtcdStore) give(by caller, token string, r session.Read) []byte {
 	b := ownBytes(r.Payload())
 	if e.linked.Load() {
-		readsByBytes.Put(first(b), &origin{store: e, token: token, read: r, by: callerOf(ctx)})
+		readsByBytes.Put(first(b), &origin{store: e, token: token, read: r, by: by})
 	}
 	return b
 }
@@ -210,7 +217,7 @@ func (c linkCodec) Encode(deadline time.Time, values map[string]any) ([]byte, er
 		return nil, err
 	}
 	b = ownBytes(b) // the codec may keep, or give again, what it returned
-	copiesByBytes.Put(first(b), append([]*loadedCopy{l}, marks...))
+	copiesByBytes.Put(first(b), encoded{l, marks})
 	return b, nil
 }
 
@@ -249,19 +256,18 @@ func (e *EtcdStore) sourceOf(ctx context.Context, token string, b []byte) source
 	if cap(b) == 0 {
 		return s
 	}
-	all, _ := copiesByBytes.Get(first(b))
-	if len(all) == 0 {
+	from, ok := copiesByBytes.Get(first(b))
+	if !ok {
 		return s
 	}
-	byMap, marks := all[0], all[1:]
-	for _, l := range append(marks[:len(marks):len(marks)], byMap) {
+	for _, l := range slices.Concat(from.marks, []*loadedCopy{from.copy}) {
 		if l.store == e && l.names(token) {
 			s.copy = l
 			return s
 		}
 	}
-	s.copy = byMap
-	for _, l := range marks {
+	s.copy = from.copy
+	for _, l := range from.marks {
 		switch {
 		case l.store != e:
 		case l.wasDeleted():
@@ -270,7 +276,7 @@ func (e *EtcdStore) sourceOf(ctx context.Context, token string, b []byte) source
 			s.fresh = l
 		}
 	}
-	if len(s.renewed) == 0 && byMap.store != e {
+	if len(s.renewed) == 0 && from.copy.store != e {
 		s.copy = &loadedCopy{store: e} // moved to this store from another
 	}
 	return s

@@ -22,8 +22,8 @@
 //     purpose. Requests that change different keys of a session all succeed. Of requests that
 //     change the same key the first wins, and the others get [ErrConflict], or a [Resolver]
 //     decides, or [EtcdStore.Retry] runs their handlers again.
-//   - No resurrection. A commit based on a session that was deleted or has expired since writes
-//     nothing and fails with [ErrSessionGone]. Delete always wins.
+//   - No resurrection. A commit based on a session that was deleted since writes nothing and fails
+//     with [ErrSessionGone]. Delete always wins.
 //   - Exactly once. A call says what happened. Where an answer is lost the store finds out; only
 //     where it cannot, in the time that the call has, it returns [ErrOutcomeUnknown].
 //   - Exact expiry, to the millisecond, on the wall clock of the machine that asks. etcd's leases

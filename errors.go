@@ -15,8 +15,8 @@ var (
 	// written. The error is a *ConflictError where the keys are known.
 	ErrConflict = session.ErrConflict
 
-	// ErrSessionGone says that the session was deleted, or has expired, since the request read it.
-	// Nothing was written.
+	// ErrSessionGone says that the session was deleted since the request read it, or has expired
+	// and was removed. Nothing was written.
 	ErrSessionGone = session.ErrGone
 
 	// ErrOutcomeUnknown says that the write may or may not have happened, and that the store could
@@ -46,40 +46,25 @@ type ConflictError struct {
 	Keys []string // sorted; empty where the values could not be decoded, and so not be told apart
 }
 
-func (e *ConflictError) Error() string {
-	if len(e.Keys) == 0 {
-		return ErrConflict.Error()
-	}
-	return ErrConflict.Error() + " on " + strings.Join(e.Keys, ", ")
-}
+func (e *ConflictError) Error() string { return (*session.ConflictError)(e).Error() }
 
 // Is makes every ConflictError an ErrConflict.
-func (e *ConflictError) Is(target error) bool { return target == ErrConflict }
+func (e *ConflictError) Is(target error) bool { return (*session.ConflictError)(e).Is(target) }
 
 // errLockLost is what a request of Exclusive gets whose lock is another's by now.
 var errLockLost = fmt.Errorf("%w: the session's lock was lost", ErrConflict)
 
-// publicError is an error as the API has it.
-func publicError(err error) error {
+// callError is an error of a call as the API has it, said by its operation, unless it is the
+// application's own. It keeps the chain below it.
+func callError(op string, err error) error {
 	var app session.ApplicationError
 	var conflict *session.ConflictError
 	switch {
 	case errors.As(err, &app):
 		return app.Err
 	case errors.As(err, &conflict):
-		return &ConflictError{Keys: conflict.Keys}
-	}
-	return err
-}
-
-// callError is an error of a call, said by its operation, unless it is the application's own. It
-// keeps the chain below it.
-func callError(op string, err error) error {
-	var app session.ApplicationError
-	if errors.As(err, &app) {
-		return app.Err
-	}
-	if err = publicError(err); err == nil || strings.HasPrefix(err.Error(), "etcdstore: ") {
+		return (*ConflictError)(conflict)
+	case err == nil, strings.HasPrefix(err.Error(), "etcdstore: "):
 		return err
 	}
 	return fmt.Errorf("etcdstore: %s: %w", op, err)

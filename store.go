@@ -120,7 +120,7 @@ func (e *EtcdStore) FindCtx(ctx context.Context, token string) (b []byte, exists
 		r := session.ReadOf(v, e.clock.Now())
 		t.note(readKey{e, token}, r)
 		if r.Image != nil {
-			b, exists = e.give(ctx, token, r), true
+			b, exists = e.give(callerOf(ctx), token, r), true
 		}
 		return nil
 	})
@@ -150,10 +150,11 @@ func (e *EtcdStore) Commit(token string, b []byte, expiry time.Time) error {
 // CommitCtx stores a session until expiry, to the millisecond. An expiry that has passed deletes
 // it.
 //
-// In a transaction (a request of net/http is one) the commit is validated against what the
-// transaction read of this session: it is merged with what others changed since, and fails with
-// [ErrConflict] where they changed the same key, or with [ErrSessionGone] where the session was
-// deleted or has expired. Outside of one it overwrites.
+// The commit is validated against what its copy of the session was read from, with
+// [EtcdStore.Codec], or else its transaction (a request of net/http is one): it is merged with what
+// others changed since, and fails with [ErrConflict] where they changed the same key, or with
+// [ErrSessionGone] where the session was deleted. A session that has only expired meanwhile goes
+// on, unless etcd has removed it. Where nothing was read the commit overwrites.
 //
 // Other errors are [ErrInvalidToken], [ErrTooLarge], [ErrClosed], and [ErrOutcomeUnknown] where the
 // context or the time-out ends the call after the commit was sent. After every other error nothing
@@ -287,11 +288,11 @@ func (e *EtcdStore) AllCtx(ctx context.Context) (map[string][]byte, error) {
 			if err != nil {
 				return err
 			}
-			now := e.clock.Now()
+			now, by := e.clock.Now(), callerOf(ctx)
 			all = make(map[string][]byte, len(versions))
 			for token, v := range versions {
 				if r := session.ReadOf(v, now); r.Image != nil {
-					all[token] = e.give(ctx, token, r)
+					all[token] = e.give(by, token, r)
 				}
 			}
 			return nil

@@ -61,13 +61,14 @@ type loss struct {
 // contextKey is the key of a context's transaction.
 type contextKey struct{}
 
-// Begin returns a context that carries a new transaction. What FindCtx and AllCtx return in it is
-// validated when CommitCtx and DeleteCtx write: a commit never overwrites what the transaction has
-// not seen.
+// Begin returns a context that carries a new transaction. What FindCtx returns in it is validated
+// when CommitCtx writes: a commit does not overwrite what others have made of a session that the
+// transaction has read.
 //
-// Requests of net/http need no Begin: each is a transaction by itself. It is for everything else
-// that reads and then writes sessions, such as a job, or an RPC handler. A transaction ends with
-// its context and needs no other end; it may be used by several goroutines.
+// With [EtcdStore.Codec] no session manager needs it, and without, requests of net/http do not:
+// each is a transaction by itself. It is for everything else that reads and then writes sessions,
+// such as a job, or an RPC handler. A transaction ends with its context and needs no other end; it
+// may be used by several goroutines.
 func Begin(ctx context.Context) context.Context {
 	return context.WithValue(ctx, contextKey{}, newTransaction())
 }

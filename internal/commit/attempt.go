@@ -169,8 +169,9 @@ func (a *attempt) keys() []string {
 
 // asks reports whether a has an Else in a batch. Where it need not be known why the compare failed,
 // it has none: a key that is still at its base when it is read later was so when the compare
-// failed. That does not hold where the base is an absent key, which may have been there in between;
-// nor can a precondition be read later.
+// failed. That does not hold where the base is an absent key, which may have been there in between.
+// A precondition could be read later, too, as one that has failed does not come true again: who
+// loses it is told a round trip earlier.
 func (a *attempt) asks() bool { return a.base.Rev == 0 || len(a.guards) > 0 }
 
 // batchOp returns the request for a batch: a lone attempt as it is, several as nested Txns.

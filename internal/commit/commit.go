@@ -181,7 +181,10 @@ func (Delete) Prepare() {}
 type Call struct {
 	Key    string
 	Change Change
-	Hint   *record.Version // what the caller has read of the key, if anything
+	// Hint is what the caller has read of the key, if anything. A change that may fail needs one:
+	// without it, and where nothing else is known, it runs over the guess that the key is absent,
+	// and a failure over that is not validated.
+	Hint *record.Version
 
 	// Attended says that the change must not run any more once the call has returned.
 	Attended bool

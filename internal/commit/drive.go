@@ -28,7 +28,10 @@ const (
 // so that none holds up another.
 func (p *Pipeline) drive(attempts []*attempt) {
 	for b := (etcd.Backoff{}); ; {
-		attempts = slices.DeleteFunc(attempts, func(a *attempt) bool { return a.step == ended || p.overdue(a) })
+		now := time.Now()
+		attempts = slices.DeleteFunc(attempts, func(a *attempt) bool { return a.step == ended })
+		p.endPending(attempts, now)
+		attempts = slices.DeleteFunc(attempts, func(a *attempt) bool { return p.overdue(a, now) })
 		p.attach(attempts)
 		parcels := p.parcels(attempts)
 		if len(parcels) == 0 {
@@ -44,15 +47,30 @@ func (p *Pipeline) drive(attempts []*attempt) {
 	}
 }
 
-// endPending ends calls that wait behind an attempt.
-func (p *Pipeline) endPending(q *queue, late func(*call) bool) {
+// late reports whether the time of a call is up.
+func (o *call) late(now time.Time) bool { return !o.deadline.After(now) }
+
+// endPending ends the calls whose time is up behind attempts.
+func (p *Pipeline) endPending(attempts []*attempt, now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	q.pending = slices.DeleteFunc(slices.Clone(q.pending), func(o *call) bool {
-		if late(o) {
-			p.abandon(o, etcd.Ended(context.DeadlineExceeded, o.last))
+	for _, a := range attempts {
+		a.queue.pending = p.endLate(a.queue.pending, now, func(_ *call, cause error) error { return cause })
+	}
+}
+
+// endLate ends the calls whose time is up with what told makes of that, and returns the others.
+//
+// REQUIRES: mu is held.
+func (p *Pipeline) endLate(calls []*call, now time.Time, told func(o *call, cause error) error) []*call {
+	if !slices.ContainsFunc(calls, func(o *call) bool { return o.late(now) }) {
+		return calls
+	}
+	return slices.DeleteFunc(slices.Clone(calls), func(o *call) bool {
+		if o.late(now) {
+			p.abandon(o, told(o, etcd.Ended(context.DeadlineExceeded, o.last)))
 		}
-		return late(o)
+		return o.late(now)
 	})
 }
 
@@ -70,24 +88,16 @@ func (p *Pipeline) pause(attempts []*attempt, b *etcd.Backoff) {
 // overdue ends the calls of an attempt whose time is up. It reports whether that ends the attempt.
 // Calls that came later have the time that they were given: they go on with the attempt, or, if no
 // send of it can be applied any more, are folded again without those that have ended.
-func (p *Pipeline) overdue(a *attempt) bool {
-	now := time.Now()
-	late := func(o *call) bool { return !o.deadline.After(now) }
-	p.endPending(a.queue, late)
+func (p *Pipeline) overdue(a *attempt, now time.Time) bool {
 	switch {
-	case !slices.ContainsFunc(a.calls, late):
+	case !slices.ContainsFunc(a.calls, func(o *call) bool { return o.late(now) }):
 		return false
-	case !slices.ContainsFunc(a.calls, func(o *call) bool { return !late(o) }):
+	case !slices.ContainsFunc(a.calls, func(o *call) bool { return !o.late(now) }):
 		p.giveUp(a, context.DeadlineExceeded)
 		return true
 	}
 	p.mu.Lock()
-	a.calls = slices.DeleteFunc(slices.Clone(a.calls), func(o *call) bool {
-		if late(o) {
-			p.abandon(o, a.untold(o, etcd.Ended(context.DeadlineExceeded, o.last)))
-		}
-		return late(o)
-	})
+	a.calls = p.endLate(a.calls, now, a.untold)
 	p.mu.Unlock()
 	if a.unsettled() {
 		return false

@@ -158,7 +158,6 @@ func TestPool_RefenceLaterGivesUp(t *testing.T) {
 		f := etcdfake.New()
 		p := newPool(t, f)
 		s := mustSit(t, p)
-		f.Script(isFence, func(*etcdfake.Request) error { return etcdfake.ErrLost })
 		f.Intercept(func(r *etcdfake.Request) error {
 			if isFence(r) {
 				return etcdfake.ErrLost
